@@ -1,0 +1,3 @@
+//! Black-box tests: the real binary, real sockets, a real nix. A module for each part of the promise.
+
+mod support;

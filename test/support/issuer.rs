@@ -1,0 +1,165 @@
+//! An OIDC issuer that speaks HTTP: discovery, key set, and a token endpoint like that of GitHub
+//! Actions. Its tokens can be as wrong as a test wants them.
+#![allow(dead_code, reason = "each program that shares this uses its own part")]
+
+use jwt_simple::prelude::*;
+use serde_json::{Map, Value, json};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// What a job presents to the token endpoint (`ACTIONS_ID_TOKEN_REQUEST_TOKEN`).
+pub const REQUEST_TOKEN: &str = "request-token-of-the-job";
+pub const AUDIENCE: &str = "api://nix-relay";
+pub const ORG: &str = "example-org";
+
+/// Generated once: making an RSA key takes a while.
+pub struct Keys {
+    pub rsa: RS256KeyPair,
+    pub p256: ES256KeyPair,
+    pub ed25519: Ed25519KeyPair,
+    /// In no key set.
+    pub unpublished: ES256KeyPair,
+}
+
+pub fn keys() -> &'static Keys {
+    static KEYS: OnceLock<Keys> = OnceLock::new();
+    KEYS.get_or_init(|| Keys {
+        rsa: RS256KeyPair::generate(2048).unwrap().with_key_id("rsa"),
+        p256: ES256KeyPair::generate().with_key_id("p256"),
+        ed25519: Ed25519KeyPair::generate().with_key_id("ed25519"),
+        unpublished: ES256KeyPair::generate().with_key_id("unpublished"),
+    })
+}
+
+pub fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+}
+
+/// Claims as they are, with nothing added or checked.
+pub fn raw_claims(claims: &Value) -> JWTClaims<Map<String, Value>> {
+    let custom = claims.as_object().unwrap().clone();
+    let mut all = Claims::with_custom_claims(custom, Duration::from_secs(1));
+    (all.issued_at, all.expires_at, all.invalid_before) = (None, None, None);
+    all
+}
+
+/// A running issuer; dropped, it stops.
+pub struct Issuer {
+    server: Arc<tiny_http::Server>,
+    answers: Arc<Mutex<HashMap<String, (u16, String)>>>,
+    requests: Arc<Mutex<Vec<String>>>,
+}
+
+impl Issuer {
+    pub fn start() -> Issuer {
+        Issuer::on("127.0.0.1:0")
+    }
+
+    pub fn on(address: &str) -> Issuer {
+        let server = Arc::new(tiny_http::Server::http(address).unwrap());
+        let issuer = Issuer { server, answers: Arc::default(), requests: Arc::default() };
+        let (server, answers) = (issuer.server.clone(), issuer.answers.clone());
+        let (requests, url) = (issuer.requests.clone(), issuer.url());
+        std::thread::spawn(move || {
+            for request in server.incoming_requests() {
+                let path = request.url().split('?').next().unwrap().to_owned();
+                requests.lock().unwrap().push(request.url().to_owned());
+                let wrong = answers.lock().unwrap().get(&path).cloned();
+                let (status, body) = wrong.unwrap_or_else(|| respond(&url, &path, &request));
+                let mut response = tiny_http::Response::from_string(&*body).with_status_code(status);
+                if status / 100 == 3 {
+                    response.add_header(format!("Location: {body}").parse::<tiny_http::Header>().unwrap());
+                }
+                let _ = request.respond(response);
+            }
+        });
+        issuer
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.server.server_addr())
+    }
+
+    /// From now on, what a path answers; the body of a redirect is where it leads.
+    pub fn answer(&self, path: &str, status: u16, body: &str) {
+        self.answers.lock().unwrap().insert(path.into(), (status, body.into()));
+    }
+
+    /// The paths and queries of all requests so far.
+    pub fn requests(&self) -> Vec<String> {
+        self.requests.lock().unwrap().clone()
+    }
+
+    /// The claims of a good token, changed as `changes` says; null takes a claim away.
+    pub fn claims(&self, changes: Value) -> Value {
+        let mut claims = claims(&self.url(), AUDIENCE);
+        for (name, value) in changes.as_object().unwrap() {
+            match value {
+                Value::Null => drop(claims.as_object_mut().unwrap().remove(name)),
+                value => claims[name] = value.clone(),
+            }
+        }
+        claims
+    }
+
+    /// A good token.
+    pub fn token(&self) -> String {
+        self.token_with(json!({}))
+    }
+
+    /// A signed token with claims changed, as of `claims`.
+    pub fn token_with(&self, changes: Value) -> String {
+        keys().p256.sign(raw_claims(&self.claims(changes))).unwrap()
+    }
+}
+
+impl Drop for Issuer {
+    fn drop(&mut self) {
+        self.server.unblock();
+    }
+}
+
+fn claims(issuer: &str, audience: &str) -> Value {
+    json!({
+        "iss": issuer,
+        "aud": audience,
+        "sub": format!("repo:{ORG}/project:ref:refs/heads/main"),
+        "repository": format!("{ORG}/project"),
+        "repository_owner": ORG,
+        "ref": "refs/heads/main",
+        "iat": now(),
+        "nbf": now(),
+        "exp": now() + 300,
+    })
+}
+
+fn respond(url: &str, path: &str, request: &tiny_http::Request) -> (u16, String) {
+    let answer = match path {
+        "/.well-known/openid-configuration" => {
+            json!({"issuer": url, "jwks_uri": format!("{url}/jwks")})
+        }
+        "/jwks" => {
+            let keys = keys();
+            let keys =
+                [keys.rsa.public_key().to_jwk(), keys.p256.public_key().to_jwk(), keys.ed25519.public_key().to_jwk()];
+            json!({"keys": keys.map(|key| serde_json::from_str::<Value>(&key).unwrap())})
+        }
+        "/token" => {
+            let bearer = format!("Bearer {REQUEST_TOKEN}");
+            let allowed =
+                request.headers().iter().any(|h| h.field.equiv("Authorization") && h.value.as_str() == bearer);
+            let audience = request.url().split(['?', '&']).find_map(|p| p.strip_prefix("audience="));
+            match (allowed, audience) {
+                (true, Some(audience)) => {
+                    let audience = audience.replace("%3A", ":").replace("%2F", "/");
+                    let claims = raw_claims(&claims(url, &audience));
+                    json!({"value": keys().rsa.sign(claims).unwrap()})
+                }
+                _ => return (401, "{\"message\": \"no\"}".into()),
+            }
+        }
+        _ => return (404, "{}".into()),
+    };
+    (200, answer.to_string())
+}

@@ -1,0 +1,174 @@
+//! What a runner has: client.sh, a nix with a store of its own; and a relay whose daemon is a real
+//! nix-daemon, with another store.
+
+use super::*;
+use rustix::net::connect_unspec;
+use std::net::TcpListener;
+use std::process::Output;
+
+/// Nothing of it depends on the machine: builders use /bin/sh, and nobody substitutes.
+const CONFIG: &str = "sandbox = false\nbuild-users-group =\nsubstituters =\n\
+                      extra-experimental-features = nix-command flakes\n";
+
+/// A command in the environment of a job: no variable but PATH and HOME.
+pub fn job(program: impl AsRef<std::ffi::OsStr>, home: &Dir) -> Command {
+    let tools = project("target/tools/bin").display().to_string();
+    let path = format!("{tools}:{}", env::var("PATH").unwrap());
+    let mut command = Command::new(program);
+    command.env_clear().env("PATH", path).env("HOME", home.path("")).stdin(Stdio::null());
+    command
+}
+
+/// What a GitHub job finds to get its token with.
+pub fn token_variables(issuer: &Issuer) -> [(&'static str, String); 2] {
+    [
+        ("ACTIONS_ID_TOKEN_REQUEST_URL", format!("{}/token", issuer.url())),
+        ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", issuer::REQUEST_TOKEN.into()),
+    ]
+}
+
+/// A relay with a real nix-daemon, whose store is `remote`.
+pub struct Farm {
+    pub issuer: Issuer,
+    pub relay: Relay,
+    remote: Dir,
+}
+
+impl Farm {
+    pub fn start() -> Farm {
+        Farm::start_with(|setup| setup)
+    }
+
+    pub fn start_with(change: impl FnOnce(Setup) -> Setup) -> Farm {
+        let (issuer, remote) = (Issuer::start(), Dir::new());
+        let own_store = project("test/support/own-store").display().to_string();
+        // Of several daemons that find no database and make one, a Nix of 2.8 lets some fail.
+        let mut first = job(&own_store, &remote);
+        let init = first.arg(remote.path("nix")).args(["nix-store", "--init"]);
+        assert!(init.env("NIX_CONFIG", CONFIG).status().unwrap().success());
+        let daemon = format!("exec {own_store} {} nix-daemon \"$@\"", remote.path("nix").display());
+        let setup = Setup::new(&issuer).daemon(&daemon);
+        let setup = setup.env("NIX_CONFIG", CONFIG).env("HOME", remote.path("").to_str().unwrap());
+        Farm { relay: change(setup).start(), issuer, remote }
+    }
+
+    pub fn runner(&self) -> Runner {
+        self.runner_for(self.relay.address)
+    }
+
+    /// One that reaches the relay at another address.
+    pub fn runner_for(&self, address: SocketAddr) -> Runner {
+        Runner { url: format!("ws://{address}"), token: token_variables(&self.issuer), local: Dir::new() }
+    }
+
+    /// Where a store path is among the files of the remote store.
+    pub fn file(&self, store_path: &str) -> PathBuf {
+        in_store(&self.remote, store_path)
+    }
+}
+
+/// A machine with nix and client.sh, and a store of its own.
+pub struct Runner {
+    url: String,
+    token: [(&'static str, String); 2],
+    local: Dir,
+}
+
+impl Runner {
+    pub fn nix(&self, arguments: &[&str]) -> Command {
+        let mut command = job(project("test/support/own-store"), &self.local);
+        command.arg(self.local.path("nix")).arg("nix").args(arguments);
+        command.env("NIX_CONFIG", CONFIG).env("NIX_RELAY_URL", &self.url).envs(self.token.clone());
+        command
+    }
+
+    /// The standard output of a `nix` that must succeed.
+    pub fn run(&self, arguments: &[&str]) -> String {
+        let output = self.nix(arguments).output().unwrap();
+        let (out, log) = texts(&output);
+        assert!(output.status.success(), "nix {arguments:?}:\n{log}");
+        out
+    }
+
+    /// The store behind the relay.
+    pub fn remote(&self) -> String {
+        format!("ssh-ng://localhost?remote-program={}", project("client.sh").display())
+    }
+
+    /// A file with a derivation of these attributes; `args` is a script for /bin/sh.
+    pub fn derivation(&self, name: &str, script: &str) -> String {
+        self.expression(name, &derivation(name, script))
+    }
+
+    pub fn expression(&self, name: &str, text: &str) -> String {
+        self.local.write(&format!("{name}.nix"), text).display().to_string()
+    }
+
+    /// `nix build` on the remote store.
+    pub fn build(&self, file: &str) -> Command {
+        let remote = self.remote();
+        self.nix(&["build", "--eval-store", "auto", "--store", &remote, "-L", "--no-link", "-f", file])
+    }
+
+    /// The path of the result, whether or not it is there.
+    pub fn out_path(&self, file: &str) -> String {
+        self.run(&["eval", "--raw", "-f", file, "outPath"])
+    }
+
+    /// Where a store path is among the files of this machine's store.
+    pub fn file(&self, store_path: &str) -> PathBuf {
+        in_store(&self.local, store_path)
+    }
+}
+
+pub fn derivation(name: &str, script: &str) -> String {
+    format!(
+        "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\"; \
+         args = [ \"-c\" ''{script}'' ]; }}"
+    )
+}
+
+fn in_store(dir: &Dir, store_path: &str) -> PathBuf {
+    dir.path(store_path.trim().strip_prefix('/').unwrap())
+}
+
+/// Standard output and standard error.
+pub fn texts(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+/// Carries TCP to a relay until it resets every connection.
+pub struct Proxy {
+    pub address: SocketAddr,
+    sockets: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+impl Proxy {
+    pub fn start(relay: &Relay) -> Proxy {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, target) = (listener.local_addr().unwrap(), relay.address);
+        let sockets = Arc::new(Mutex::new(Vec::new()));
+        let kept = sockets.clone();
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = TcpStream::connect(target) else { return };
+                for (from, to) in [(&client, &server), (&server, &client)] {
+                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(std::net::Shutdown::Write);
+                    });
+                }
+                kept.lock().unwrap().extend([client, server]);
+            }
+        });
+        Proxy { address, sockets }
+    }
+
+    pub fn reset(&self) {
+        for socket in self.sockets.lock().unwrap().iter() {
+            connect_unspec(socket).unwrap();
+        }
+    }
+}
