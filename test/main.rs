@@ -1,6 +1,9 @@
 //! Black-box tests: the real binary, real sockets, a real nix. A module for each part of the promise.
 
+mod children;
 mod config;
 mod http;
+mod sessions;
+mod shutdown;
 mod support;
 mod tokens;

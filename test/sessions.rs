@@ -1,0 +1,204 @@
+//! Bytes between a client and its daemon: all of them, both ways at once, and what else a WebSocket has.
+
+use crate::support::*;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::thread;
+use tungstenite::protocol::{Role, WebSocket};
+
+const BINARY: u8 = 0x82;
+const FIRST: u8 = 0x02;
+const MIDDLE: u8 = 0x00;
+const LAST: u8 = 0x80;
+const PING: u8 = 0x89;
+
+fn random(length: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    File::open("/dev/urandom").unwrap().take(length).read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+/// A relay that sends no pings, with one session.
+fn quiet() -> (Relay, Client) {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).set("KEEPALIVE_SECS", "0").start();
+    let client = relay.connect(&issuer.token());
+    (relay, client)
+}
+
+#[test]
+fn full_duplex() {
+    let (relay, mut client) = quiet();
+    let sent = random(50_000_000);
+    let mut socket = client.0.get_ref().try_clone().unwrap();
+    let received = thread::scope(|scope| {
+        scope.spawn(|| {
+            // Of all sizes up to a megabyte, so that no boundary of ours is one of theirs.
+            let mut rest = &sent[..];
+            for size in (1..).map(|n| n * 7919 % 1_000_003) {
+                let (now, later) = rest.split_at(rest.len().min(size));
+                socket.write_all(&frame(BINARY, now)).unwrap();
+                rest = later;
+                if rest.is_empty() {
+                    break;
+                }
+            }
+        });
+        client.receive_exactly(sent.len())
+    });
+    assert!(received == sent, "the bytes are others");
+    client.close();
+    let line = relay.log.wait("session ended");
+    assert!(line.contains(" bytes_in=50000000 bytes_out=50000000 "), "{line}");
+}
+
+/// A client that sends everything before it reads anything can wait for ever if the relay does.
+#[test]
+fn neither_direction_waits_for_the_other() {
+    let issuer = Issuer::start();
+    let script = "head -c 20000000 /dev/zero & exec cat >/dev/null";
+    let relay = Setup::new(&issuer).daemon(script).start();
+    let mut client = relay.connect(&issuer.token());
+    client.send(vec![0; 10_000_000]);
+    client.send(vec![0; 10_000_000]);
+    client.receive_exactly(20_000_000);
+}
+
+#[test]
+fn frames_of_every_length() {
+    let (_relay, mut client) = quiet();
+    for length in [0, 1, 125, 126, 65535, 65536, 16 << 20] {
+        let sent = random(length);
+        let mut socket = client.0.get_ref().try_clone().unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| socket.write_all(&frame(BINARY, &sent)).unwrap());
+            assert!(client.receive_exactly(sent.len()) == sent, "{length} bytes");
+        });
+    }
+    client.send("still there");
+    assert_eq!(client.receive(), b"still there");
+}
+
+#[test]
+fn fragments_with_pings_in_between() {
+    let (_relay, mut client) = quiet();
+    for (first, payload) in [(FIRST, "one "), (PING, "a"), (MIDDLE, "two "), (MIDDLE, ""), (PING, "b"), (LAST, "three")]
+    {
+        client.raw(&frame(first, payload.as_bytes()));
+    }
+    let (mut data, mut pongs) = (Vec::new(), Vec::new());
+    while data.len() < "one two three".len() || pongs.len() < 2 {
+        match client.0.read().unwrap() {
+            Message::Binary(bytes) => data.extend_from_slice(&bytes),
+            Message::Pong(bytes) => pongs.push(bytes),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(String::from_utf8(data).unwrap(), "one two three");
+    assert_eq!(pongs, ["a", "b"]);
+}
+
+#[test]
+fn no_empty_frame_is_sent() {
+    let (relay, mut client) = quiet();
+    for part in [&b""[..], b"x", b"", b"y"] {
+        client.raw(&frame(BINARY, part));
+    }
+    client.raw(&[frame(FIRST, b""), frame(LAST, b"")].concat());
+    client.raw(&frame(0x88, &1000_u16.to_be_bytes()));
+    let mut frames = Vec::new();
+    while let Ok(message) = client.0.read() {
+        frames.push(message);
+    }
+    let empty = |message: &Message| message.is_binary() && message.is_empty();
+    assert!(!frames.iter().any(empty), "{frames:?}");
+    relay.log.wait("bytes_in=2 ");
+}
+
+#[test]
+fn pings_come_and_a_client_that_answers_stays() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).set("KEEPALIVE_SECS", "1").start();
+    let mut client = relay.connect(&issuer.token());
+    for _ in 0..5 {
+        // More than the three that a silent client is given; reading answers them.
+        assert!(matches!(client.0.read().unwrap(), Message::Ping(_)));
+    }
+    client.send("still there");
+    assert_eq!(client.receive(), b"still there");
+}
+
+#[test]
+fn a_session_has_its_time() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).set("TIMEOUT_SECS", "1").start();
+    let before = relay.at_rest();
+    let (data, code, reason) = relay.connect(&issuer.token()).until_close();
+    assert_eq!((data.len(), code), (0, 1008));
+    assert!(reason.contains("daemon.timeout_secs"), "{reason}");
+    relay.log.wait("session ended session=1 reason=timed-out ");
+    relay.back_to(before);
+}
+
+/// One session for each message; what it is closed with.
+fn closed_after(message: &[u8]) -> (u16, String) {
+    let (relay, mut client) = quiet();
+    let mut socket = client.0.get_ref().try_clone().unwrap();
+    let code = thread::scope(|scope| {
+        // The relay may have hung up by then.
+        scope.spawn(move || socket.write_all(message));
+        client.until_close().1
+    });
+    client.close();
+    (code, relay.log.wait("session ended"))
+}
+
+#[test]
+fn text_is_refused() {
+    let (code, line) = closed_after(&frame(0x81, b"text"));
+    assert_eq!(code, 1003);
+    assert!(line.contains(" reason=protocol-error ") && line.contains(" bytes_in=0 "), "{line}");
+}
+
+#[test]
+fn more_than_16_mib_are_refused() {
+    assert_eq!(closed_after(&frame(BINARY, &vec![0; (16 << 20) + 1])).0, 1009);
+}
+
+#[test]
+fn more_than_16_mib_in_fragments_are_refused() {
+    let half = vec![0; 8 << 20];
+    let message = [frame(FIRST, &half), frame(MIDDLE, &half), frame(LAST, b"x")].concat();
+    assert_eq!(closed_after(&message).0, 1009);
+}
+
+#[test]
+fn the_log_has_both_ends_of_a_session() {
+    let (relay, mut client) = quiet();
+    let peer = client.0.get_ref().local_addr().unwrap();
+    let line = relay.log.wait("session opened");
+    let identity = " rule=\"allowed_org\" sub=\"repo:example-org/project:ref:refs/heads/main\" ";
+    assert!(line.contains(&format!(" session=1 peer={peer}{identity}")), "{line}");
+    client.send("12345");
+    client.receive_exactly(5);
+    client.close();
+    let line = relay.log.wait("session ended");
+    for part in
+        [" session=1 reason=client-closed ", " bytes_in=5 bytes_out=5 ", " exit=\"nix-daemon exited with status 0\""]
+    {
+        assert!(line.contains(part), "{line}");
+    }
+}
+
+/// The other half of a closing handshake: a Close is answered with the code it has.
+#[test]
+fn a_close_is_answered() {
+    let (_relay, mut client) = quiet();
+    client.raw(&frame(0x88, &4321_u16.to_be_bytes()));
+    let mut reader = WebSocket::from_raw_socket(client.0.get_ref().try_clone().unwrap(), Role::Client, None);
+    match reader.read().unwrap() {
+        Message::Close(Some(close)) => assert_eq!(u16::from(close.code), 4321),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(client.0.get_mut().read(&mut [0]).unwrap(), 0);
+}
