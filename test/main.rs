@@ -2,7 +2,11 @@
 
 mod children;
 mod config;
+mod frames;
+mod handshakes;
 mod http;
+mod peers;
+mod scarcity;
 mod sessions;
 mod shutdown;
 mod support;

@@ -1,0 +1,145 @@
+//! When descriptors, threads, processes, permits or the log's reader run out: what goes on, and what
+//! comes back.
+
+use crate::support::*;
+use std::net::TcpStream;
+use std::thread;
+
+/// With a good token; the answer, if it is not 101.
+fn upgrade(relay: &Relay, issuer: &Issuer) -> String {
+    relay.upgrade(&format!("Authorization: Bearer {}\r\n", issuer.token()))
+}
+
+/// Sessions, one after the other, until there is no room for another; and the answer to that one.
+fn fill(relay: &Relay, issuer: &Issuer) -> (Vec<Client>, String) {
+    let mut sessions = Vec::new();
+    loop {
+        match relay.try_connect(&issuer.token()) {
+            Ok(client) => sessions.push(client),
+            Err(answer) => return (sessions, answer),
+        }
+        assert!(sessions.len() < 100, "no end of room");
+    }
+}
+
+/// Every client in the scarcity is served or told so; after it, the next client is served.
+fn survives(relay: &Relay, issuer: &Issuer, complaint: &str) {
+    let before = relay.at_rest();
+    let (mut sessions, answer) = fill(relay, issuer);
+    assert!(sessions.len() > 2, "{} sessions", sessions.len());
+    assert!(answer.contains(" 502 ") || answer.contains(" 503 "), "{answer}");
+    for client in &mut sessions {
+        client.send("still served");
+        assert_eq!(client.receive(), b"still served");
+    }
+    let silent: Vec<TcpStream> = (0..100).map(|_| relay.tcp()).collect();
+    relay.log.wait(complaint);
+    sessions.iter_mut().for_each(Client::close);
+    drop(silent);
+    relay.back_to(before);
+    let mut client = relay.connect(&issuer.token());
+    client.send("served again");
+    assert_eq!(client.receive(), b"served again");
+}
+
+#[test]
+fn descriptors() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).under("ulimit -n 64").start();
+    survives(&relay, &issuer, "cannot accept error=");
+}
+
+/// As a user of its own, since the limit is the user's, and root has none.
+#[test]
+fn threads_and_processes() {
+    let (issuer, dir) = (Issuer::start(), Dir::new());
+    let (copy, user) = (dir.path("relay"), 0x10000 + std::process::id());
+    let copy = copy.to_str().unwrap();
+    let limited = format!(
+        "install -m 755 \"$0\" {copy}
+         exec setpriv --reuid={user} --clear-groups prlimit --nproc=12 {copy}"
+    );
+    let relay = Setup::new(&issuer).under(&limited).start();
+    survives(&relay, &issuer, "the relay is busy; try again later: ");
+}
+
+/// Nobody reads the log any more once it has said where the relay listens.
+#[test]
+fn a_log_without_a_reader() {
+    let issuer = Issuer::start();
+    let script = "echo 'to the log' >&2; exec cat";
+    let setup = Setup::new(&issuer).daemon(script);
+    let relay = setup.under("exec 2> >(exec sed '/listening address=/q' >&2)").start();
+    // That sed is its child, which nobody reaps.
+    eventually("the reader is gone", LIMIT, || {
+        relay.children().iter().all(|id| {
+            let stat = std::fs::read_to_string(format!("/proc/{id}/stat"));
+            stat.is_ok_and(|stat| stat.contains(") Z "))
+        })
+    });
+    for _ in 0..10 {
+        let mut client = relay.connect(&issuer.token());
+        client.send("served");
+        assert_eq!(client.receive(), b"served");
+        client.close();
+    }
+    assert!(relay.exchange(b"nonsense\r\n\r\n").starts_with("HTTP/1.1 400 "));
+}
+
+#[test]
+fn one_client_more_than_permits() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "600").start();
+    let before = relay.at_rest();
+    let mut sessions: Vec<Client> = (0..32).map(|_| relay.connect(&issuer.token())).collect();
+    let (threads, _) = relay.resources();
+    thread::scope(|scope| {
+        let last = scope.spawn(|| relay.connect(&issuer.token()));
+        eventually("it is being served", LIMIT, || relay.resources().0 > threads);
+        // A whole exchange, in which the other comes to its wait.
+        relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
+        assert!(!last.is_finished() && relay.children().len() == 32);
+        sessions.pop().unwrap().close();
+        let mut last = last.join().unwrap();
+        last.send("served");
+        assert_eq!(last.receive(), b"served");
+    });
+    drop(sessions);
+    relay.back_to(before);
+}
+
+#[test]
+fn no_permit_in_time() {
+    let issuer = Issuer::start();
+    let setup = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").set("QUEUE_TIMEOUT_SECS", "1");
+    let relay = setup.start();
+    let before = relay.at_rest();
+    let mut client = relay.connect(&issuer.token());
+    let answer = upgrade(&relay, &issuer);
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nretry-after: "), "{answer}");
+    relay.log.wait("status=503 reason=\"all sessions are in use");
+    client.send("still served");
+    assert_eq!(client.receive(), b"still served");
+    client.close();
+    relay.back_to(before);
+    drop(relay.connect(&issuer.token()));
+}
+
+/// A client that leaves the queue must not take the permit with it.
+#[test]
+fn a_client_that_does_not_wait() {
+    let issuer = Issuer::start();
+    let setup = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").set("QUEUE_TIMEOUT_SECS", "600");
+    let relay = setup.start();
+    let before = relay.at_rest();
+    let mut client = relay.connect(&issuer.token());
+    let (threads, _) = relay.resources();
+    let mut impatient = relay.tcp();
+    let head = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
+    std::io::Write::write_all(&mut impatient, head.as_bytes()).unwrap();
+    eventually("it is being served", LIMIT, || relay.resources().0 > threads);
+    drop(impatient);
+    client.close();
+    relay.back_to(before);
+    drop(relay.connect(&issuer.token()));
+}
