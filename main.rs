@@ -786,7 +786,7 @@ mod session {
             // None at all is one that is as long as the session.
             let keepalive = secs(if config.keepalive_secs > 0 { config.keepalive_secs } else { config.timeout_secs });
             // For a peer that vanishes while nothing is read from it, in milliseconds.
-            let limit = (keepalive * KEEPALIVES).as_millis().try_into().unwrap_or(i32::MAX as u32);
+            let limit = (keepalive * KEEPALIVES).as_millis().min(i32::MAX as u128) as u32;
             rustix::net::sockopt::set_tcp_user_timeout(&socket, limit)?;
             socket.set_nonblocking(true)?;
             let limits = WebSocketConfig::default().read_buffer_size(CHUNK_BYTES).write_buffer_size(0);

@@ -202,3 +202,13 @@ fn a_close_is_answered() {
     }
     assert_eq!(client.0.get_mut().read(&mut [0]).unwrap(), 0);
 }
+
+/// Three of its keepalives are more milliseconds than the kernel takes for a limit of its own.
+#[test]
+fn a_very_long_keepalive() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).set("KEEPALIVE_SECS", "1000000").start();
+    let mut client = relay.connect(&issuer.token());
+    client.send("echo");
+    assert_eq!(client.receive(), b"echo");
+}
