@@ -655,8 +655,7 @@ mod session {
         /// Sees to it that the child ends, and its group; says whether all was well, and how it did.
         fn end(&mut self, session: u64) -> (bool, String) {
             (self.stdin, self.stdout) = (None, None);
-            let last = LADDER[LADDER.len() - 1];
-            for (signal, wait) in LADDER.into_iter().chain(iter::repeat(last)) {
+            for (signal, wait) in LADDER.into_iter().chain(iter::repeat(LADDER[LADDER.len() - 1])) {
                 if let Some(signal) = signal {
                     warn!("nix-daemon outlives its session session={session} signal={}", signal.as_raw());
                     let _ = kill_process_group(Pid::from_child(&self.child), signal);
@@ -1000,7 +999,7 @@ struct Relay {
 #[derive(Default)]
 struct Gate {
     connections: u32,
-    /// Those of them whose request we wait for, the oldest first.
+    /// Those of them whose request, or whose end after a refusal, we wait for, the oldest first.
     awaited: VecDeque<Arc<TcpStream>>,
     /// Sessions that may yet begin.
     permits: u32,
@@ -1139,22 +1138,25 @@ fn refuse(socket: &TcpStream, answer: &Answer, with_body: bool, linger: Duration
     let (status, line) = (answer.status, &answer.line);
     let peer = socket.peer_addr().map_or_else(|e| e.to_string(), |peer| peer.to_string());
     if !["ok", "draining"].contains(&line.as_str()) {
-        let reason = shown(&format!("{line}{}", answer.cause));
-        info!("refused peer={peer} status={status} reason={reason}");
+        info!("refused peer={peer} status={status} reason={}", shown(&format!("{line}{}", answer.cause)));
     }
     let _ = answer.send(socket, with_body, linger);
 }
 
 /// One connection, from its first byte to its last.
 fn serve(relay: &Arc<Relay>, socket: &Arc<TcpStream>, number: u64) {
-    let limit = secs(relay.config.handshake_timeout_secs);
-    let head = Head::read(socket, Instant::now() + limit);
-    lock(&relay.gate).awaited.retain(|other| !Arc::ptr_eq(other, socket));
+    let head = Head::read(socket, Instant::now() + secs(relay.config.handshake_timeout_secs));
+    let heard = || lock(&relay.gate).awaited.retain(|other| !Arc::ptr_eq(other, socket));
+    heard();
     let with_body = !matches!(&head, Ok(Some(head)) if head.request.method() == Method::HEAD);
     match head.and_then(|head| head.map(|head| admit(relay, socket, number, head)).transpose()) {
         Ok(None) => {}
         Ok(Some((session, _permit))) => session.run(relay.closing.as_fd()),
-        Err(answer) => refuse(socket, &answer, with_body, LINGER),
+        Err(answer) => {
+            lock(&relay.gate).awaited.push_back(socket.clone());
+            refuse(socket, &answer, with_body, LINGER);
+            heard();
+        }
     }
 }
 
@@ -1176,8 +1178,7 @@ fn admit(relay: &Arc<Relay>, socket: &Arc<TcpStream>, number: u64, head: Head) -
     let token = head.token()?;
     let claims = relay.issuer.verify(&token)?;
     let identity = policy::authorize(&relay.config, &claims)?;
-    let limit = secs(relay.config.queue_timeout_secs);
-    let mut gate = relay.wait(limit, |gate| gate.permits > 0 || gate.signals > 0);
+    let mut gate = relay.wait(secs(relay.config.queue_timeout_secs), |gate| gate.permits > 0 || gate.signals > 0);
     if gate.signals > 0 {
         return Err(Answer::new(503, RETRY, "the relay is shutting down; try again later"));
     } else if gate.permits == 0 {
@@ -1188,9 +1189,8 @@ fn admit(relay: &Arc<Relay>, socket: &Arc<TcpStream>, number: u64, head: Head) -
     let permit = Held(relay.clone(), |gate| gate.permits += 1);
 
     let daemon = Daemon::spawn(&relay.config).map_err(|e| {
-        let program = &relay.config.nix_daemon_path;
-        Answer::new(502, &[], "nix-daemon does not start; the relay's log has the cause")
-            .because(format!("{program}: {e}"))
+        let line = "nix-daemon does not start; the relay's log has the cause";
+        Answer::new(502, &[], line).because(format!("{}: {e}", relay.config.nix_daemon_path))
     })?;
     let peer = socket.peer_addr().map_err(busy)?;
     let session = Session::new(number, &relay.config, socket.clone(), (switching, head.rest), daemon).map_err(busy)?;

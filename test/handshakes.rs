@@ -215,3 +215,20 @@ fn frames_behind_the_head() {
     relay.log.wait("reason=client-closed detail=\"\" ");
     assert!(relay.log.wait("session ended").contains(" bytes_in=5 "), "{answer:?}");
 }
+
+/// Whoever was refused and does not hang up is in nobody's way.
+#[test]
+fn refused_clients_that_stay() {
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let before = relay.at_rest();
+    let stay = || {
+        let mut stream = relay.tcp();
+        stream.write_all(b"GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n").unwrap();
+        stream
+    };
+    let refused: Vec<TcpStream> = (0..400).map(|_| stay()).collect();
+    served_at_once(&relay, &issuer);
+    drop(refused);
+    relay.back_to(before);
+}
