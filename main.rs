@@ -1,5 +1,5 @@
 //! nix-relay carries the Nix worker protocol from a WebSocket to a fresh `nix-daemon --stdio`, for whoever brings an
-//! OIDC token that the configuration lets in.
+//! OIDC token that the configuration lets in. The modules stand in the order in which a connection meets them:
 //!
 //! ```text
 //!  accept ─► http ─► oidc ─► policy ─► permit ─► session ─────────────► end
@@ -8,66 +8,93 @@
 //!            └── an answer of one line where a step says no ──┘
 //! ```
 //!
-//! The modules stand in the order in which a connection meets them. Everything is synchronous: a thread for each
-//! connection, which waits in one poll(2) for both sides of its session at once.
+//! A thread for each connection waits in one poll(2) for both sides of its session at once.
 #![forbid(unsafe_code)]
 
 /// What the operator said: TOML, environment and defaults become one validated `Config`. Reads the configuration file
 /// and the environment, nothing else. Promises that whatever is in a `Config` can be used as it is, and that an error
 /// is one line that names where it comes from.
 mod config {
-    use std::{env, fs, path::Path};
-    use toml::{Table, Value, de::DeTable};
-    use tungstenite::http::uri::Authority;
+    use super::oidc::{Claims, is_safe};
+    use std::{env, fs, num::NonZeroU32, ops::Range, path::Path};
+    use {toml::Table, toml::Value, toml::de::DeTable, toml::de::DeValue, tungstenite::http::uri::Authority};
 
-    /// Every key, in its table, with its default.
+    /// Every key but `auth.rule`, in its table, with its default.
     const DEFAULTS: &str = include_str!("config.example.toml");
 
     /// The effective configuration; README.md says what each key means.
     #[derive(serde::Deserialize)]
     pub struct Config {
         pub listen: String,
+        pub admin_listen: String,
         pub shutdown_grace_secs: u32,
-        pub handshake_timeout_secs: u32,
+        pub handshake_timeout_secs: NonZeroU32,
         pub keepalive_secs: u32,
         pub issuer: String,
         pub audience: String,
         pub allowed_org: String,
-        pub jwks_cache_ttl_secs: u32,
+        pub jwks_cache_ttl_secs: NonZeroU32,
+        /// As they are tried. Once loaded, `allowed_org` is the last of them.
+        #[serde(default)]
+        pub rule: Vec<Rule>,
         pub nix_daemon_path: String,
         pub extra_args: Vec<String>,
-        pub timeout_secs: u32,
-        pub max_connections: u32,
+        pub timeout_secs: NonZeroU32,
+        pub max_connections: NonZeroU32,
         pub queue_timeout_secs: u32,
+    }
+
+    /// Whom to let in. Once loaded, what it leaves out is as it is outside of rules.
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct Rule {
+        pub name: String,
+        pub issuer: Option<String>,
+        pub audience: Option<String>,
+        /// A pattern, or a list of them, for each of these claims.
+        pub bound_claims: Claims,
+        pub extra_args: Option<Vec<String>>,
+        #[serde(skip)]
+        pub ignores_case: bool,
     }
 
     /// Defaults, then the file at `path` if there is one, then the environment: `NIX_RELAY_` and the key in capitals
     /// (with `NIX_` once only), where that is not empty. Also as TOML.
-    ///
     /// Fails with one line: `FILE:LINE: KEY: what is wrong`, or `VARIABLE: what is wrong`.
     pub fn load(path: Option<&Path>) -> Result<(Config, String), String> {
-        let mut settings: Table = DEFAULTS.parse().map_err(|e| format!("defaults: {e}"))?;
+        let defaults: Table = DEFAULTS.parse().map_err(|e| format!("defaults: {e}"))?;
+        let mut settings = defaults.clone();
         if let Some(path) = path {
             read(path, &mut settings)?;
         }
-        for (table, keys) in settings.clone() {
-            for (key, old) in keys.as_table().into_iter().flatten() {
+        for (table, keys) in &defaults {
+            for (key, default) in keys.as_table().into_iter().flatten() {
                 let name = format!("NIX_RELAY_{}", key.trim_start_matches("nix_").to_uppercase());
-                let text = env::var_os(&name).unwrap_or_default();
-                let text = text.to_str().ok_or_else(|| format!("{name}: must be UTF-8"))?;
-                let value = match old {
+                let text = env::var_os(&name).unwrap_or_default().into_string();
+                let text = text.map_err(|_| format!("{name}: must be UTF-8"))?;
+                let value = match default {
                     _ if text.is_empty() => continue,
                     Value::Integer(_) => text.parse().map_or(text.into(), Value::Integer),
                     Value::Array(_) => text.split_whitespace().collect::<Vec<_>>().into(),
                     _ => text.into(),
                 };
-                set(&mut settings, &table, key, value).map_err(|e| format!("{name}: {e}"))?;
+                set(&mut settings, table, key, value).map_err(|e| format!("{name}: {e}"))?;
             }
         }
-        let config = typed(&settings)?;
-        if config.allowed_org.is_empty() {
-            let set = "set auth.allowed_org (NIX_RELAY_ALLOWED_ORG) to the organisation whose jobs may";
+        let mut config = typed(&settings)?;
+        let Config { rule: rules, issuer, audience, allowed_org, extra_args, .. } = &mut config;
+        if !allowed_org.is_empty() {
+            let bound_claims = Claims::from_iter([("repository_owner".into(), allowed_org.clone().into())]);
+            let (name, issuer, audience, extra_args) = ("allowed_org".into(), None, None, None);
+            rules.push(Rule { name, issuer, audience, bound_claims, extra_args, ignores_case: true });
+        } else if rules.is_empty() {
+            let set = "set auth.allowed_org (NIX_RELAY_ALLOWED_ORG) to the organisation whose jobs may, or add a rule";
             return Err(format!("nobody could connect: {set}"));
+        }
+        for rule in rules {
+            rule.issuer.get_or_insert_with(|| issuer.clone());
+            rule.audience.get_or_insert_with(|| audience.clone());
+            rule.extra_args.get_or_insert_with(|| extra_args.clone());
         }
         Ok((config, settings.to_string()))
     }
@@ -75,21 +102,25 @@ mod config {
     fn read(path: &Path, settings: &mut Table) -> Result<(), String> {
         let file = path.display();
         let text = fs::read_to_string(path).map_err(|e| format!("{file}: {e}"))?;
-        let at = |start| format!("{file}:{}", text[..start].matches('\n').count() + 1);
-        let invalid = |e: toml::de::Error| {
-            let place = at(e.span().map_or(0, |span| span.start));
-            format!("{place}: {}", e.message())
-        };
+        let at = |span: Range<usize>| format!("{file}:{}", text[..span.start].matches('\n').count() + 1);
+        let invalid = |e: toml::de::Error| format!("{}: {}", at(e.span().unwrap_or_default()), e.message());
         let values: Table = text.parse().map_err(invalid)?;
         for (table, keys) in DeTable::parse(&text).map_err(invalid)?.get_ref() {
-            let (name, place) = (table.get_ref().as_ref(), at(table.span().start));
-            let (Some(keys), true) = (keys.get_ref().as_table(), settings.contains_key(name)) else {
-                return Err(format!("{place}: {name}: unknown table or key"));
+            let name = table.get_ref().as_ref();
+            let Some(keys) = keys.get_ref().as_table().filter(|_| settings.contains_key(name)) else {
+                return Err(format!("{}: {name}: unknown table or key", at(table.span())));
             };
-            for key in keys.keys() {
-                let (place, key) = (at(key.span().start), key.get_ref().as_ref());
-                set(settings, name, key, values[name][key].clone())
-                    .map_err(|e| format!("{place}: {name}.{key}: {e}"))?;
+            for (key, value) in keys {
+                let (span, key) = (key.span(), key.get_ref().as_ref());
+                let (new, mut steps) = (&values[name][key], Vec::new());
+                // Rules, too, come one at a time.
+                if let (DeValue::Array(spans), Value::Array(rules), "rule") = (value.get_ref(), new, key) {
+                    steps.extend(spans.iter().enumerate().map(|(n, rule)| (rule.span(), rules[..=n].to_vec().into())));
+                }
+                steps.push((span, new.clone()));
+                for (span, value) in steps {
+                    set(settings, name, key, value).map_err(|e| format!("{}: {name}.{key}: {e}", at(span)))?;
+                }
             }
         }
         Ok(())
@@ -97,48 +128,61 @@ mod config {
 
     /// One setting at a time, so that whatever is wrong afterwards is wrong with this one.
     fn set(settings: &mut Table, table: &str, key: &str, value: Value) -> Result<(), String> {
-        let old = settings.get_mut(table).and_then(|keys| keys.get_mut(key));
-        *old.ok_or("unknown key")? = value.clone();
+        let keys = settings.get_mut(table).and_then(Value::as_table_mut).ok_or("unknown table")?;
+        if keys.insert(key.into(), value.clone()).is_none() && key != "rule" {
+            return Err("unknown key".into());
+        }
         typed(settings)?;
-        let host_port = |a: Authority| a.port_u16().is_some() && !a.host().is_empty();
-        let wrong = match (key, value.as_str(), value.as_integer()) {
-            ("listen", Some(text), _) if !text.parse().is_ok_and(host_port) => "must be HOST:PORT or [IPV6]:PORT",
-            ("issuer", Some(url), _) if !super::oidc::is_safe(url) => "must be an https URL (http for loopback alone)",
-            // The daemon runs in /, so a path relative to where the relay started would mislead.
-            ("nix_daemon_path", Some(path), _) if path.contains('/') && !path.starts_with('/') => {
-                "must be an absolute path, or a name to look up in PATH"
+        check(key, &value)
+    }
+
+    /// What a type cannot say.
+    fn check(key: &str, value: &Value) -> Result<(), String> {
+        let text = value.as_str().unwrap_or_default();
+        let is_address = |a: Authority| a.port_u16().is_some() && !a.host().is_empty();
+        let is_pattern = |value: &Value| value.is_str() || value.is_integer() || value.is_bool();
+        let is_list = |all: &Vec<Value>| !all.is_empty() && all.iter().all(is_pattern);
+        let is_bound = |to: &Value| to.as_array().map_or(is_pattern(to), is_list);
+        let (good, must) = match (key, value) {
+            ("rule", Value::Array(rules)) => {
+                let mut keys = rules.iter().filter_map(Value::as_table).flatten();
+                return keys.try_for_each(|(key, value)| check(key, value).map_err(|e| format!("{key}: {e}")));
             }
-            ("audience" | "nix_daemon_path", Some(""), _) => "must not be empty",
-            ("shutdown_grace_secs" | "keepalive_secs" | "queue_timeout_secs", ..) => return Ok(()),
-            (_, _, Some(0)) => "must be at least 1",
+            ("bound_claims", Value::Table(claims)) => (
+                !claims.is_empty() && claims.values().all(is_bound),
+                "have at least one claim, and for each a text, a number, a boolean, or a list of these",
+            ),
+            ("admin_listen", _) if text.is_empty() => return Ok(()),
+            ("listen" | "admin_listen", _) => (text.parse().is_ok_and(is_address), "be HOST:PORT or [IPV6]:PORT"),
+            ("issuer", _) => (is_safe(text), "be an https URL (http for loopback alone)"),
+            // The daemon runs in /, so a path relative to where the relay started would mislead.
+            ("nix_daemon_path", _) if text.contains('/') => (text.starts_with('/'), "be absolute, or a name in PATH"),
+            ("name" | "audience" | "nix_daemon_path", _) => (!text.is_empty(), "not be empty"),
+            ("allowed_org", _) => (!text.contains('*'), "be one name; patterns are for auth.rule"),
             _ => return Ok(()),
         };
-        Err(format!("{wrong}, not {value}"))
+        if good { Ok(()) } else { Err(format!("must {must}, not {value}")) }
     }
 
     /// The keys of all tables, whose names differ.
     fn typed(settings: &Table) -> Result<Config, String> {
         let keys = settings.values().filter_map(Value::as_table).flatten();
         let all: Table = keys.map(|(key, value)| (key.clone(), value.clone())).collect();
-        all.try_into().map_err(|e| e.message().to_owned())
+        all.try_into().map_err(|e| e.to_string())
     }
 }
 
-/// Who is calling: a token and the keys that its issuer publishes become verified claims. Talks to the issuer (OpenID
-/// Connect Discovery 1.0, RFC 7517), from a thread of its own. Promises that a `Claims` exists only after signature,
-/// issuer, audience and times of its token were checked (RFC 7519, RFC 8725), and that a token goes nowhere from
-/// here, the log included.
+/// Who is calling: a token and the keys that its issuer publishes become verified claims. Talks to the issuers (OpenID
+/// Connect Discovery 1.0, RFC 7517), and reads the certificates to trust. Promises that a `Claims` exists only after
+/// signature, issuer, audience and times of its token were checked (RFC 7519, RFC 8725), that a token is compared with
+/// the keys of the issuer that it names alone, and that it goes nowhere from here, the log included.
 mod oidc {
-    use super::http::{Answer, INVALID_TOKEN, RETRY};
-    use super::{config::Config, lock, secs};
-    use jwt_simple::{JWTError, prelude::*};
-    use log::{info, warn};
-    use serde_json::{Map, Value};
-    use std::sync::mpsc::{self, Receiver, Sender};
-    use std::sync::{Arc, Mutex};
-    use std::time::{Duration, Instant};
-    use std::{io, net::IpAddr, thread};
-    use ureq::{Agent, http::Uri};
+    use super::{admin, config::Config, http::Answer, http::INVALID_TOKEN, http::RETRY, lock, secs};
+    use serde::de::{Deserializer, Error, MapAccess, Visitor};
+    use std::{collections::BTreeMap, collections::HashSet, env, fmt, fs, io, net::IpAddr, thread};
+    use std::{sync::Arc, sync::Mutex, time::Duration, time::Instant};
+    use ureq::{Agent, http::Uri, tls::PemItem, tls::TlsConfig, tls::parse_pem};
+    use {jwt_simple::JWTError, jwt_simple::prelude::*, log::info, log::warn, serde_json::Map, serde_json::Value};
 
     /// How far the issuer's clock and ours may be apart, in seconds.
     const CLOCK_SKEW: u64 = 60;
@@ -148,34 +192,24 @@ mod oidc {
     const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
     /// Keys that could not be fetched again for so long are believed no more.
     const MAX_KEY_AGE: Duration = Duration::from_secs(24 * 3600);
-    /// Between fetches that are made because a token names an unknown key, or after one failed; and while there are
-    /// no keys.
+    /// Between fetches for tokens that name an unknown key, and after one that failed; and while there are no keys.
     const PAUSE: Duration = Duration::from_secs(30);
     const SHORT_PAUSE: Duration = Duration::from_secs(1);
 
     /// Issuers are reached by https, or by http on this machine alone.
     pub fn is_safe(url: &str) -> bool {
         let uri: Uri = url.parse().unwrap_or_default();
-        let host = uri.host().unwrap_or_default();
-        let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
-        match uri.scheme_str() {
-            Some("http") => host == "localhost" || address.is_ok_and(|ip| ip.is_loopback()),
-            scheme => scheme == Some("https") && !host.is_empty(),
+        match (uri.scheme_str(), uri.host().unwrap_or_default()) {
+            (Some("https"), host) => !host.is_empty(),
+            (Some("http"), "localhost") => true,
+            (Some("http"), host) => host.trim_matches(['[', ']']).parse().is_ok_and(|ip: IpAddr| ip.is_loopback()),
+            _ => false,
         }
     }
 
     /// The claims of a token that was verified.
-    pub struct Claims(Map<String, Value>);
-
-    impl Claims {
-        /// A claim that is a string.
-        pub fn text(&self, name: &str) -> Option<&str> {
-            self.0.get(name).and_then(Value::as_str)
-        }
-    }
-
-    type Verified = Result<JWTClaims<NoCustomClaims>, jwt_simple::Error>;
-    type Verify = dyn Fn(&str, &VerificationOptions) -> Verified + Send + Sync;
+    pub type Claims = Map<String, Value>;
+    type Verify = dyn Fn(&str, &VerificationOptions) -> Result<(), jwt_simple::Error> + Send + Sync;
 
     /// A published key, bound to one algorithm: the key decides on that, never the token.
     struct Key {
@@ -186,92 +220,92 @@ mod oidc {
     /// One for each algorithm that a JSON Web Key is good for: none if its kind is unknown, it is too weak or not for
     /// signatures; several if it is of RSA and does not say.
     fn parse(jwk: &Value) -> Vec<Key> {
-        let (text, id) = (jwk.to_string(), jwk["kid"].as_str());
-        let mut keys = Vec::new();
+        let (text, id, mut keys) = (jwk.to_string(), jwk["kid"].as_str(), Vec::new());
         macro_rules! try_each {
             ($($kind:ty),*) => {$(
                 if let Ok(key) = <$kind>::from_jwk(&text) {
-                    let verify = move |t: &str, o: &VerificationOptions| key.verify_token(t, Some(o.clone()));
+                    let verify = move |token: &str, options: &VerificationOptions| {
+                        key.verify_token::<NoCustomClaims>(token, Some(options.clone())).map(drop)
+                    };
                     keys.push(Key { id: id.map(String::from), verify: Box::new(verify) });
                 }
             )*};
         }
-        try_each!(RS256PublicKey, RS384PublicKey, RS512PublicKey);
-        try_each!(PS256PublicKey, PS384PublicKey, PS512PublicKey);
+        try_each!(RS256PublicKey, RS384PublicKey, RS512PublicKey, PS256PublicKey, PS384PublicKey, PS512PublicKey);
         try_each!(ES256PublicKey, ES384PublicKey, Ed25519PublicKey);
         keys
     }
 
-    /// An issuer, its keys, and the thread that fetches them.
     pub struct Issuer {
         url: String,
-        audience: String,
-        cache_ttl: Duration,
+        audiences: HashSet<String>,
         agent: Agent,
         /// What it has published, and when we asked for that.
         keys: Mutex<Option<(Instant, Arc<Vec<Key>>)>>,
-        requests: Sender<Sender<()>>,
+        /// When keys were last fetched for a token, or could not be. Held during each fetch.
+        fetching: Mutex<Option<Instant>>,
+    }
+
+    /// The issuers of all rules, each with a thread that fetches its keys; waits for none. Fails without threads, and
+    /// without certificates if SSL_CERT_FILE says where to find those to trust.
+    pub fn start(config: &Config) -> io::Result<Vec<Arc<Issuer>>> {
+        let mut agent = Agent::config_builder().timeout_connect(Some(CONNECT_TIMEOUT)).max_idle_connections(0);
+        agent = agent.max_redirects(0).user_agent(concat!("nix-relay/", env!("CARGO_PKG_VERSION")));
+        if let Some(path) = env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()) {
+            let unusable = |e: &str| io::Error::other(format!("SSL_CERT_FILE={}: {e}", path.display()));
+            let pem = fs::read(&path).map_err(|e| unusable(&e.to_string()))?;
+            let certificate = |item| if let Ok(PemItem::Certificate(of)) = item { Some(of) } else { None };
+            let roots: Vec<_> = parse_pem(&pem).filter_map(certificate).collect();
+            if roots.is_empty() {
+                return Err(unusable("there is no certificate in it"));
+            }
+            agent = agent.tls_config(TlsConfig::builder().root_certs(roots.into()).build());
+        }
+        let (agent, cache_ttl) = (agent.build().new_agent(), secs(config.jwks_cache_ttl_secs));
+        let mut all = BTreeMap::<_, HashSet<_>>::new();
+        for rule in &config.rule {
+            all.entry(rule.issuer.clone().unwrap_or_default()).or_default().extend(rule.audience.clone());
+        }
+        let start = |(url, audiences)| {
+            let (agent, keys, fetching) = (agent.clone(), Mutex::default(), Mutex::default());
+            let issuer = Arc::new(Issuer { url, audiences, agent, keys, fetching });
+            let kept = issuer.clone();
+            let keep = move || loop {
+                let mut last = lock(&kept.fetching);
+                // A token may have been faster.
+                let age = lock(&kept.keys).as_ref().map_or(cache_ttl, |(at, _)| at.elapsed());
+                let pause = match cache_ttl.saturating_sub(age) {
+                    Duration::ZERO if kept.fetch(&mut last) => cache_ttl,
+                    Duration::ZERO => cache_ttl.min(PAUSE),
+                    left => left,
+                };
+                drop(last);
+                thread::sleep(pause);
+            };
+            thread::Builder::new().name("keys".into()).spawn(keep).map(|_| issuer)
+        };
+        all.into_iter().map(start).collect()
     }
 
     impl Issuer {
-        /// Begins to fetch the keys, and waits for nothing. Fails without a thread.
-        pub fn start(config: &Config) -> io::Result<Arc<Issuer>> {
-            let agent = Agent::config_builder().timeout_connect(Some(CONNECT_TIMEOUT)).max_idle_connections(0);
-            let agent = agent.max_redirects(0).user_agent(concat!("nix-relay/", env!("CARGO_PKG_VERSION"))).build();
-            let (requests, receiver) = mpsc::channel();
-            let issuer = Arc::new(Issuer {
-                url: config.issuer.clone(),
-                audience: config.audience.clone(),
-                cache_ttl: secs(config.jwks_cache_ttl_secs),
-                agent: agent.new_agent(),
-                keys: Mutex::default(),
-                requests,
-            });
-            let refreshed = issuer.clone();
-            let thread = thread::Builder::new().name("keys".into());
-            thread.spawn(move || refreshed.refresh(&receiver))?;
-            Ok(issuer)
-        }
-
-        /// The thread: fetches at once, when the keys have aged, and when a token needs others; then it drops what
-        /// was sent with the request, and so wakes who waits for that.
-        fn refresh(&self, requests: &Receiver<Sender<()>>) {
-            let (mut asked, mut waiting): (Option<Instant>, Option<Sender<()>>) = (None, None);
-            loop {
-                let now = Instant::now();
-                let mut pause = self.cache_ttl;
-                match self.fetch(now + FETCH_TIMEOUT) {
-                    Ok(keys) => {
-                        info!("fetched keys issuer={:?} count={}", self.url, keys.len());
-                        *lock(&self.keys) = Some((now, Arc::new(keys)));
-                    }
-                    Err(e) => {
-                        warn!("could not fetch keys issuer={:?} error={e:?}", self.url);
-                        pause = pause.min(PAUSE);
-                    }
-                }
-                drop(waiting);
-                requests.try_iter().for_each(drop);
-                let quiet = if self.keys().is_some() { PAUSE } else { SHORT_PAUSE };
-                let due = Instant::now() + pause;
-                let next = || requests.recv_timeout(due.saturating_duration_since(Instant::now()));
-                waiting = next().ok();
-                while waiting.is_some() && asked.is_some_and(|at| at.elapsed() < quiet) {
-                    drop(waiting);
-                    waiting = next().ok();
-                }
-                asked = waiting.as_ref().map(|_| Instant::now()).or(asked);
-            }
-        }
-
-        /// The keys, unless they are too old to be believed.
-        fn keys(&self) -> Option<Arc<Vec<Key>>> {
-            let keys = lock(&self.keys).clone().filter(|(at, _)| at.elapsed() < MAX_KEY_AGE);
-            keys.map(|(_, keys)| keys)
+        /// Says whether it worked; if not, the keys that we have stay, and whoever waited for it is not to try again.
+        fn fetch(&self, last: &mut Option<Instant>) -> bool {
+            let now = Instant::now();
+            let failed = |e: &String| warn!("could not fetch keys issuer={:?} error={e:?}", self.url);
+            let keys = self.published(now + FETCH_TIMEOUT).inspect_err(failed);
+            let result = if keys.is_ok() { "ok" } else { "error" };
+            admin::add(&format!("jwks_refreshes_total{{result={result:?}}}"), 1.0);
+            let Ok(keys) = keys else {
+                *last = Some(Instant::now());
+                return false;
+            };
+            info!("fetched keys issuer={:?} count={}", self.url, keys.len());
+            *lock(&self.keys) = Some((now, Arc::new(keys)));
+            true
         }
 
         /// Discovery document, then key set (OpenID Connect Discovery 1.0, sections 4.1 to 4.3).
-        fn fetch(&self, deadline: Instant) -> Result<Vec<Key>, String> {
+        fn published(&self, deadline: Instant) -> Result<Vec<Key>, String> {
             let url = self.url.trim_end_matches('/');
             let document = self.get(&format!("{url}/.well-known/openid-configuration"), deadline)?;
             if document["issuer"] != self.url {
@@ -296,71 +330,155 @@ mod oidc {
             body.map_err(|e| format!("{url}: {e}"))
         }
 
-        /// Answers 401 if the token does not verify, and 503 if there are no keys to tell. Waits only if it names a
-        /// key that is not in the cache, and then for one fetch at most.
-        pub fn verify(&self, token: &str) -> Result<Claims, Answer> {
-            let invalid = |why: &str| Answer::new(401, INVALID_TOKEN, &format!("the token does not verify: {why}"));
-            let claims = token.split('.').nth(1).unwrap_or_default();
-            let claims = Base64UrlSafeNoPadding::decode_to_vec(claims, None).unwrap_or_default();
-            let claims = serde_json::from_slice::<Map<String, Value>>(&claims);
-            let (Ok(header), Ok(claims)) = (Token::decode_metadata(token), claims) else {
-                return Err(invalid("it is not a signed JSON Web Token"));
-            };
-            if claims.get("iss").and_then(Value::as_str) != Some(&self.url) {
-                return Err(invalid("its issuer is not one that this relay trusts"));
-            }
-            let id = header.key_id();
-            let fits = |key: &&Key| id.is_none() || key.id.as_deref() == id;
-            let mut keys = self.keys();
-            if !keys.as_ref().is_some_and(|keys| keys.iter().any(|key| fits(&key))) {
-                let (request, fetched) = mpsc::channel();
-                let _ = self.requests.send(request);
-                let _ = fetched.recv_timeout(FETCH_TIMEOUT + CONNECT_TIMEOUT);
-                keys = self.keys();
-            }
-            let keys = keys.ok_or_else(|| Answer::new(503, RETRY, "the issuer's keys cannot be had now"))?;
-            let options = VerificationOptions {
-                allowed_issuers: Some([self.url.clone()].into()),
-                allowed_audiences: Some([self.audience.clone()].into()),
-                time_tolerance: Some(coarsetime::Duration::from_secs(CLOCK_SKEW)),
-                ..VerificationOptions::default()
-            };
-            let mut why = "its issuer publishes no key for it".to_owned();
-            for key in keys.iter().filter(fits) {
-                match (key.verify)(token, &options).map(|claims| claims.expires_at) {
-                    Ok(Some(_)) => return Ok(Claims(claims)),
-                    Ok(None) => why = "it never expires".into(),
-                    Err(e) => match e.downcast_ref() {
-                        // All keys for other algorithms say so; it must not hide the true reason.
-                        Some(JWTError::AlgorithmMismatch) => {}
-                        Some(e) => why = JWTError::to_string(e),
-                        None => why = "a part of it cannot be read".into(),
-                    },
+        /// The keys, if they are not too old to be believed. If none of them is the one, they are fetched again, unless
+        /// that was done a moment ago. Waits only then: for a fetch that is going on, and for its own.
+        fn keys(&self, is_the_one: impl Fn(&Key) -> bool) -> Option<Arc<Vec<Key>>> {
+            let cached = || lock(&self.keys).clone().filter(|(at, _)| at.elapsed() < MAX_KEY_AGE).map(|(_, keys)| keys);
+            let found = || cached().filter(|keys| keys.iter().any(&is_the_one));
+            found().or_else(|| {
+                let mut fetching = lock(&self.fetching);
+                let pause = if cached().is_some() { PAUSE } else { SHORT_PAUSE };
+                if found().is_none() && fetching.is_none_or(|at| at.elapsed() >= pause) {
+                    self.fetch(&mut fetching);
+                    *fetching = Some(Instant::now());
+                }
+                cached()
+            })
+        }
+    }
+
+    /// The members of a JSON object, which may be anybody's. A name that is there twice is refused: others might read
+    /// the first where we read the last (RFC 7519, section 4).
+    struct Members;
+
+    impl<'de> Visitor<'de> for Members {
+        type Value = Claims;
+
+        fn expecting(&self, to: &mut fmt::Formatter) -> fmt::Result {
+            to.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Claims, A::Error> {
+            let mut all = Claims::new();
+            while let Some((name, value)) = members.next_entry()? {
+                if all.insert(name, value).is_some() {
+                    return Err(A::Error::custom("a name is there twice"));
                 }
             }
-            Err(invalid(&why))
+            Ok(all)
         }
+    }
+
+    /// The object that a part of a token holds.
+    fn object(part: &str) -> Option<Claims> {
+        let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
+        let mut reader = serde_json::Deserializer::from_slice(&json);
+        let object = reader.deserialize_map(Members).ok()?;
+        reader.end().is_ok().then_some(object)
+    }
+
+    /// Answers 401 if the token does not verify, and 503 if there are no keys to tell.
+    pub fn verify(issuers: &[Arc<Issuer>], token: &str) -> Result<Claims, Answer> {
+        let invalid = |why: &str| Answer::new(401, INVALID_TOKEN, &format!("the token does not verify: {why}"));
+        let mut parts = token.split('.').map(object);
+        let (Some(Some(header)), Some(Some(claims))) = (parts.next(), parts.next()) else {
+            return Err(invalid("it is not a signed JSON Web Token"));
+        };
+        if header.contains_key("crit") {
+            return Err(invalid("it has a critical extension, and this relay knows none"));
+        }
+        let issuer = issuers.iter().find(|issuer| claims.get("iss").is_some_and(|named| *named == issuer.url));
+        let issuer = issuer.ok_or_else(|| invalid("its issuer is not one that this relay trusts"))?;
+        // A token that names no key may be signed by any.
+        let id = header.get("kid").and_then(Value::as_str);
+        let is_named = |key: &Key| id.is_none() || key.id.as_deref() == id;
+        let unavailable = || Answer::new(503, RETRY, "the issuer's keys cannot be had now");
+        let keys = issuer.keys(is_named).ok_or_else(unavailable)?;
+        let options = VerificationOptions {
+            allowed_issuers: Some([issuer.url.clone()].into()),
+            allowed_audiences: Some(issuer.audiences.clone()),
+            time_tolerance: Some(coarsetime::Duration::from_secs(CLOCK_SKEW)),
+            ..VerificationOptions::default()
+        };
+        let mut why = "its issuer publishes no key for it".to_owned();
+        for key in keys.iter().filter(|key| is_named(key)) {
+            match (key.verify)(token, &options) {
+                Ok(_) if claims.get("exp").is_some_and(Value::is_i64) => return Ok(claims),
+                Ok(_) => why = "it has no exp that is a whole number of seconds".into(),
+                Err(e) => match e.downcast_ref() {
+                    // All keys for other algorithms say so; it must not hide the true reason.
+                    Some(JWTError::AlgorithmMismatch) => {}
+                    Some(e) => why = JWTError::to_string(e),
+                    None => why = "a part of it cannot be read".into(),
+                },
+            }
+        }
+        Err(invalid(&why))
     }
 }
 
-/// May they: verified claims against the configuration, and who that makes the caller. Pure: touches nothing.
-/// Promises that whoever matches nothing gets nothing.
+/// May they: verified claims against the rules, and who that makes the caller. Pure: touches nothing. Promises that
+/// whoever matches nothing gets nothing.
 mod policy {
-    use super::{config::Config, http::Answer, oidc::Claims, shown};
+    use super::{config::Rule, http::Answer, oidc::Claims, shown};
+    use serde_json::Value;
 
     /// Claims that tell an operator whose job it was, where a token has them.
-    const IDENTITY: [&str; 6] = ["sub", "repository", "ref", "event_name", "actor", "run_id"];
+    const IDENTITY: [&str; 8] =
+        ["sub", "repository", "ref", "event_name", "actor", "run_id", "project_path", "pipeline_id"];
 
-    /// The rule `allowed_org`: `repository_owner` is that, letter case aside, as GitHub and Forgejo have it. Says who
-    /// the caller is, as `rule="…" sub="…" …`, every value escaped; or answers 403.
-    pub fn authorize(config: &Config, claims: &Claims) -> Result<String, Answer> {
-        let owner = claims.text("repository_owner").unwrap_or_default();
-        if !owner.eq_ignore_ascii_case(&config.allowed_org) {
-            let why = format!("the token is good, but not for this relay: repository_owner is {}", shown(owner));
-            return Err(Answer::new(403, &[], &why));
+    /// Of the first rule that matches, the arguments for nix-daemon; and who the caller is, as `rule="…" sub="…" …`,
+    /// every value escaped. Answers 403 if none does, with what did not fit the one that came nearest.
+    pub fn authorize<'a>(rules: &'a [Rule], claims: &Claims) -> Result<(&'a [String], String), Answer> {
+        let (mut nearest, mut why) = (usize::MAX, String::new());
+        for rule in rules {
+            let mut audiences = each(claims.get("aud")).iter().map(Value::as_str);
+            if claims["iss"].as_str() != rule.issuer.as_deref() || !audiences.any(|to| to == rule.audience.as_deref()) {
+                continue;
+            }
+            let mut unfit = rule.bound_claims.iter().filter(|(name, all)| !fits(rule, all, claims.get(*name)));
+            let Some((name, _)) = unfit.next() else {
+                let known = IDENTITY.iter().filter_map(|n| Some(format!(" {n}={}", shown(&text(claims.get(*n)?)?))));
+                let identity = format!("rule={}{}", shown(&rule.name), known.collect::<String>());
+                return Ok((rule.extra_args.as_deref().unwrap_or_default(), identity));
+            };
+            let more = unfit.count();
+            if more < nearest {
+                let has = claims.get(name).map_or("missing".into(), |value| shown(&text(value).unwrap_or_default()));
+                (nearest, why) = (more, format!("the token is good, but not for this relay: {name} is {has}"));
+            }
         }
-        let known = IDENTITY.iter().filter_map(|name| Some(format!(" {name}={}", shown(claims.text(name)?))));
-        Ok(format!("rule=\"allowed_org\"{}", known.collect::<String>()))
+        Err(Answer::new(403, &[], &why))
+    }
+
+    /// Whether one of the claim's values, or the only one, matches one of the patterns.
+    fn fits(rule: &Rule, patterns: &Value, claim: Option<&Value>) -> bool {
+        let case = |text: String| if rule.ignores_case { text.to_ascii_lowercase() } else { text };
+        let patterns: Vec<String> = each(Some(patterns)).iter().filter_map(text).map(case).collect();
+        let mut values = each(claim).iter().filter_map(text).map(case);
+        values.any(|value| patterns.iter().any(|pattern| matches(pattern, &value)))
+    }
+
+    fn each(value: Option<&Value>) -> &[Value] {
+        value.map_or(&[], |value| value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice))
+    }
+
+    /// A string; a number or a boolean as JSON prints it; nothing else.
+    fn text(value: &Value) -> Option<String> {
+        let printed = (value.is_number() || value.is_boolean()).then(|| value.to_string());
+        value.as_str().map(str::to_owned).or(printed)
+    }
+
+    /// A `*` stands for any run of characters, all else for itself.
+    fn matches(pattern: &str, text: &str) -> bool {
+        let Some((start, rest)) = pattern.split_once('*') else { return pattern == text };
+        let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
+        let mut left = text.strip_prefix(start);
+        // Of all places for a part the first is best: it leaves the most to what follows.
+        for part in middle.split('*') {
+            left = left.and_then(|text| Some(text.split_once(part)?.1));
+        }
+        left.is_some_and(|text| text.ends_with(end))
     }
 }
 
@@ -368,21 +486,17 @@ mod policy {
 /// the client's socket. Promises that every wait ends by a deadline, that a head is never longer than 16 KiB, and
 /// that no answer is lost to a reset because the client still sends.
 mod http {
-    use super::poll;
+    use super::{poll, shown};
     use jwt_simple::reexports::ct_codecs::{Base64, Decoder};
-    use rustix::event::PollFlags;
-    use std::io::{self, Read, Write};
-    use std::net::{Shutdown, TcpStream};
-    use std::time::{Duration, Instant};
-    use std::{fmt::Display, os::fd::AsFd};
+    use std::{fmt::Display, io, io::Read, io::Write, net::Shutdown, net::TcpStream, time::Duration, time::Instant};
     use tungstenite::handshake::server::{create_response, write_response};
-    use tungstenite::http::{HeaderValue, Request, Response, Version, header};
+    use tungstenite::http::{HeaderValue, Request, StatusCode, Version, header};
 
     /// So no token is longer, either.
     const MAX_HEAD_BYTES: usize = 16 << 10;
 
-    /// Headers that some answers have.
-    pub type Headers = &'static [(&'static str, &'static str)];
+    type Headers = &'static [(&'static str, &'static str)];
+    const NO_TOKEN: Headers = &[("WWW-Authenticate", "Bearer realm=\"nix-relay\"")];
     pub const INVALID_TOKEN: Headers = &[("WWW-Authenticate", "Bearer realm=\"nix-relay\", error=\"invalid_token\"")];
     pub const RETRY: Headers = &[("Retry-After", "5")];
     const UPGRADE: Headers = &[("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")];
@@ -407,17 +521,12 @@ mod http {
 
         /// Sends it, gives the client `linger` to hear it, and ends the connection.
         pub fn send(&self, mut socket: &TcpStream, with_body: bool, linger: Duration) -> io::Result<()> {
-            let (kind, length) = ("text/plain; charset=utf-8", (self.line.len() + 1).to_string());
-            let all = [("Content-Type", kind), ("Content-Length", &length), ("Connection", "close")];
-            let response = Response::builder().status(self.status);
-            let response = all.iter().chain(self.headers).fold(response, |to, (name, value)| to.header(*name, *value));
-            let mut bytes = Vec::new();
-            let response = response.body(()).map_err(io::Error::other)?;
-            write_response(&mut bytes, &response).map_err(io::Error::other)?;
-            if with_body {
-                writeln!(bytes, "{}", self.line)?;
-            }
-            socket.write_all(&bytes)?;
+            let status = StatusCode::from_u16(self.status).map_err(io::Error::other)?;
+            let (kind, length) = ("text/plain; charset=utf-8", self.line.len() + 1);
+            let headers: String = self.headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+            let body = if with_body { format!("{}\n", self.line) } else { String::new() };
+            let head = format!("HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{headers}");
+            socket.write_all(format!("{head}Connection: close\r\n\r\n{body}").as_bytes())?;
             self::linger(socket, linger)
         }
     }
@@ -427,9 +536,7 @@ mod http {
     pub fn linger(mut socket: &TcpStream, limit: Duration) -> io::Result<()> {
         socket.shutdown(Shutdown::Write)?;
         let until = Instant::now() + limit;
-        while !poll::ready([Some((socket.as_fd(), PollFlags::IN))], until)[0].is_empty()
-            && socket.read(&mut [0; 4096])? > 0
-        {}
+        while poll::readable(socket, until) && socket.read(&mut [0; 4096])? > 0 {}
         Ok(())
     }
 
@@ -442,15 +549,13 @@ mod http {
     impl Head {
         /// `None`: the client left before it had sent a whole head.
         pub fn read(mut socket: &TcpStream, deadline: Instant) -> Result<Option<Head>, Answer> {
-            let mut bytes = Vec::with_capacity(1024);
-            while bytes.len() < MAX_HEAD_BYTES {
-                if !poll::ready([Some((socket.as_fd(), PollFlags::IN))], deadline)[0].is_empty() {
-                    let have = bytes.len();
-                    bytes.resize(MAX_HEAD_BYTES, 0);
-                    let length = socket.read(&mut bytes[have..]).unwrap_or(0);
-                    bytes.truncate(have + length);
-                    let head = Head::parse(&bytes)?;
-                    if head.is_some() || length == 0 {
+            let (mut bytes, mut length) = (vec![0; MAX_HEAD_BYTES], 0);
+            while length < MAX_HEAD_BYTES {
+                if poll::readable(socket, deadline) {
+                    let more = socket.read(&mut bytes[length..]).unwrap_or(0);
+                    length += more;
+                    let head = Head::parse(&bytes[..length])?;
+                    if head.is_some() || more == 0 {
                         return Ok(head);
                     }
                 } else if Instant::now() >= deadline {
@@ -468,45 +573,44 @@ mod http {
             let length = match parsed.parse(bytes) {
                 Ok(httparse::Status::Partial) => return Ok(None),
                 Ok(httparse::Status::Complete(length)) => length,
-                Err(e @ httparse::Error::TooManyHeaders) => {
-                    return Err(Answer::new(431, &[], &e.to_string()));
-                }
+                Err(e @ httparse::Error::TooManyHeaders) => return Err(Answer::new(431, &[], &e.to_string())),
                 Err(e) => return Err(bad(&e)),
             };
-            let mut request = Request::builder()
-                .method(parsed.method.unwrap_or_default())
-                .uri(parsed.path.unwrap_or_default())
-                .version([Version::HTTP_10, Version::HTTP_11][usize::from(parsed.version == Some(1))]);
-            for header in parsed.headers {
-                request = request.header(header.name, header.value);
-            }
-            let request = request.body(()).map_err(|e| bad(&e))?;
-            Ok(Some(Head { request, rest: bytes[length..].to_vec() }))
+            let version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
+            let (method, uri) = (parsed.method.unwrap_or_default(), parsed.path.unwrap_or_default());
+            let request = Request::builder().method(method).uri(uri).version(version);
+            let request = parsed.headers.iter().fold(request, |request, h| request.header(h.name, h.value));
+            Ok(Some(Head { request: request.body(()).map_err(|e| bad(&e))?, rest: bytes[length..].to_vec() }))
         }
 
         /// The bytes of the 101, if this is a WebSocket upgrade (RFC 6455, section 4.2).
         pub fn switching_protocols(&self) -> Result<Vec<u8>, Answer> {
             let refused = |e| Answer::new(426, UPGRADE, &format!("this is a WebSocket, which client.sh can open: {e}"));
             let mut response = create_response(&self.request).map_err(refused)?;
-            let name = header::SEC_WEBSOCKET_PROTOCOL;
+            let (name, mut bytes) = (header::SEC_WEBSOCKET_PROTOCOL, Vec::new());
             let offers = self.request.headers().get_all(&name).iter();
             let mut offers = offers.flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
             if offers.any(|offer| offer.trim_ascii() == b"binary") {
                 response.headers_mut().insert(name, HeaderValue::from_static("binary"));
             }
-            let mut bytes = Vec::new();
             write_response(&mut bytes, &response).map_err(refused)?;
             Ok(bytes)
+        }
+
+        /// What a proxy, or whoever claims to be one, says of where the request came from; for the log.
+        pub fn forwarded_for(&self) -> String {
+            let said = self.request.headers().get_all("X-Forwarded-For").iter();
+            let said: Vec<_> = said.map(|value| String::from_utf8_lossy(value.as_bytes())).collect();
+            if said.is_empty() { String::new() } else { format!(" forwarded_for={}", shown(&said.join(", "))) }
         }
 
         /// The token of `Authorization: Bearer` (RFC 6750), or of `Basic` as its password.
         pub fn token(&self) -> Result<String, Answer> {
             let mut all = self.request.headers().get_all(header::AUTHORIZATION).iter();
-            let (first, second) = (all.next(), all.next());
-            if second.is_some() {
+            let text = all.next().and_then(|value| value.to_str().ok()).unwrap_or_default();
+            if all.next().is_some() {
                 return Err(Answer::new(400, &[], "more than one Authorization header"));
             }
-            let text = first.and_then(|value| value.to_str().ok()).unwrap_or_default();
             let (scheme, rest) = text.split_once(' ').unwrap_or_default();
             let basic = |pair: Vec<u8>| Some(String::from_utf8(pair).ok()?.split_once(':')?.1.to_owned());
             let token = match scheme.to_ascii_lowercase().as_str() {
@@ -515,7 +619,7 @@ mod http {
                 _ => None,
             };
             let line = "send an OIDC token, as a Bearer token or as the password of Basic";
-            token.ok_or_else(|| Answer::new(401, &[("WWW-Authenticate", "Bearer realm=\"nix-relay\"")], line))
+            token.ok_or_else(|| Answer::new(401, NO_TOKEN, line))
         }
     }
 }
@@ -523,19 +627,22 @@ mod http {
 /// What every wait for a client or a child rests on: poll(2), with a limit.
 mod poll {
     use rustix::event::{PollFd, PollFlags, Timespec};
-    use std::os::fd::{AsFd, BorrowedFd};
-    use std::time::Instant;
+    use std::{os::fd::AsFd, os::fd::BorrowedFd, time::Instant};
 
     /// A descriptor to wait for, if there is one.
     pub fn on(fd: &Option<impl AsFd>, events: PollFlags) -> Option<(BorrowedFd<'_>, PollFlags)> {
         fd.as_ref().map(|fd| (fd.as_fd(), events))
     }
 
+    /// Waits until it can be read, or is broken; or, then false, until the time has come, and now and then less.
+    pub fn readable(fd: &impl AsFd, until: Instant) -> bool {
+        !ready([Some((fd.as_fd(), PollFlags::IN))], until)[0].is_empty()
+    }
+
     /// Waits until a descriptor is ready for its events (or broken, which always counts) or until the time has come,
     /// and says what each is ready for: nothing, at the deadline and now and then without a reason.
     pub fn ready<const N: usize>(fds: [Option<(BorrowedFd<'_>, PollFlags)>; N], until: Instant) -> [PollFlags; N] {
-        let polled = fds.iter().flatten();
-        let mut polled: Vec<_> = polled.map(|(fd, e)| PollFd::from_borrowed_fd(*fd, *e)).collect();
+        let mut polled: Vec<_> = fds.iter().flatten().map(|(fd, e)| PollFd::from_borrowed_fd(*fd, *e)).collect();
         let left = until.saturating_duration_since(Instant::now());
         // It fails when a signal comes, and when memory is short: both pass.
         let _ = rustix::event::poll(&mut polled, Timespec::try_from(left).ok().as_ref());
@@ -548,24 +655,21 @@ mod poll {
 /// that neither direction ever waits for the other, that each session ends in `Session::run` with one `End`, from
 /// which log and Close are made, and that by then the child is reaped and its process group gone.
 mod session {
-    use super::{config::Config, http, poll, secs, shown};
-    use log::{info, warn};
-    use rustix::event::PollFlags;
+    use super::{admin, config::Config, http, poll, secs, shown};
     use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
     use std::io::{self, ErrorKind, IoSlice, Read, Write};
-    use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-    use std::os::unix::process::{CommandExt, ExitStatusExt};
-    use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
-    use std::time::{Duration, Instant};
-    use std::{env, iter, net::TcpStream, sync::Arc};
-    use tungstenite::error::{Error, ProtocolError::ResetWithoutClosingHandshake};
+    use std::os::{fd::AsFd, fd::BorrowedFd, fd::OwnedFd, unix::process::CommandExt, unix::process::ExitStatusExt};
+    use std::process::{Child, Command, Stdio};
+    use std::{env, iter, net::TcpStream, sync::Arc, time::Duration, time::Instant};
     use tungstenite::protocol::frame::{FrameHeader, coding::Control, coding::Data, coding::OpCode};
-    use tungstenite::protocol::{Role, WebSocket, WebSocketConfig};
-    use tungstenite::{Bytes, Message};
+    use tungstenite::protocol::{Role, WebSocketConfig};
+    use tungstenite::{Bytes, Error, Message, WebSocket, error::ProtocolError};
+    use {log::info, log::warn, rustix::event::PollFlags};
 
-    const PIPE_BYTES: usize = 1 << 20;
-    /// The largest frame we send, and how much of the client's is read at once.
-    const CHUNK_BYTES: usize = 256 << 10;
+    /// With more in a pipe, a frame or a read, which tungstenite clears memory for, bytes leave the cache between steps.
+    const PIPE_BYTES: usize = 256 << 10;
+    const CHUNK_BYTES: usize = 128 << 10;
+    const READ_BYTES: usize = 64 << 10;
     const MAX_MESSAGE_BYTES: usize = 16 << 20;
     /// Of the child's standard error, in the log.
     const MAX_LINE_BYTES: usize = 4 << 10;
@@ -579,17 +683,14 @@ mod session {
     const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
     /// And so long to take, and before it, what a child left that has exited.
     const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-    /// What a child hears whose session is over, and the seconds that it then has. Its standard input is closed by
-    /// then: that makes nix-daemon cancel its builds and let go of its locks. The last step, which only the kernel
+    /// How many seconds a child has whose session is over, and what it hears after them. Its standard input is closed
+    /// by then: that makes nix-daemon cancel its builds and let go of its locks. The last step, which only the kernel
     /// can delay, is repeated.
-    const LADDER: [(Option<Signal>, u32); 3] = [(None, 10), (Some(Signal::TERM), 5), (Some(Signal::KILL), 5)];
+    const LADDER: [(u32, Signal); 2] = [(10, Signal::TERM), (5, Signal::KILL)];
 
     /// A running child, leader of a process group of its own. Dropped, it is killed and reaped.
     pub struct Daemon {
         child: Child,
-        stdin: Option<ChildStdin>,
-        stdout: Option<ChildStdout>,
-        stderr: Option<ChildStderr>,
         /// Readable once it has exited.
         exit: Option<OwnedFd>,
         /// Of its standard error: the line that is not whole yet, and the one before.
@@ -599,20 +700,18 @@ mod session {
 
     impl Daemon {
         /// Fails if the program cannot be run, with why.
-        pub fn spawn(config: &Config) -> io::Result<Daemon> {
-            let mut command = Command::new(&config.nix_daemon_path);
-            command.args(&config.extra_args).current_dir("/").process_group(0).env_remove("NOTIFY_SOCKET");
+        pub fn spawn(program: &str, arguments: &[String]) -> io::Result<Daemon> {
+            let mut command = Command::new(program);
+            command.args(arguments).current_dir("/").process_group(0).env_remove("NOTIFY_SOCKET");
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
             let ours = |name: &str| name.starts_with("NIX_RELAY_") || name.starts_with("ACTIONS_");
             for (name, _) in env::vars_os().filter(|(name, _)| ours(&name.to_string_lossy())) {
                 command.env_remove(name);
             }
-            let mut child = command.spawn()?;
-            let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-            let (stderr, line, last_line) = (child.stderr.take(), Vec::new(), String::from("it gave no reason"));
-            let mut daemon = Daemon { child, stdin, stdout, stderr, exit: None, line, last_line };
+            let (line, last_line) = (Vec::new(), String::from("it gave no reason"));
+            let mut daemon = Daemon { child: command.spawn()?, exit: None, line, last_line };
             daemon.exit = Some(pidfd_open(Pid::from_child(&daemon.child), PidfdFlags::empty())?);
-            if let (Some(stdin), Some(stdout)) = (&daemon.stdin, &daemon.stdout) {
+            if let (Some(stdin), Some(stdout)) = (&daemon.child.stdin, &daemon.child.stdout) {
                 rustix::io::ioctl_fionbio(stdin, true)?;
                 // May be refused to an unprivileged user; then smaller pipes do.
                 let _ = rustix::pipe::fcntl_setpipe_size(stdin, PIPE_BYTES);
@@ -623,19 +722,19 @@ mod session {
 
         /// As much of the input as it takes at once.
         fn feed(&mut self, input: &mut Bytes) {
-            match self.stdin.as_mut().map_or(Ok(input.len()), |stdin| stdin.write(input)) {
+            match self.child.stdin.as_mut().map_or(Ok(input.len()), |stdin| stdin.write(input)) {
                 Ok(written) => drop(input.split_to(written)),
                 Err(e) if [ErrorKind::WouldBlock, ErrorKind::Interrupted].contains(&e.kind()) => {}
                 // It wants no more, but may still have something to say.
-                Err(_) => (self.stdin, *input) = (None, Bytes::new()),
+                Err(_) => (self.child.stdin, *input) = (None, Bytes::new()),
             }
         }
 
         /// What it has written to its standard error, line by line, to the log.
         fn log_stderr(&mut self, session: u64) {
             let mut chunk = [0; MAX_LINE_BYTES];
-            let length = self.stderr.as_mut().map_or(0, |pipe| pipe.read(&mut chunk).unwrap_or(0));
-            self.stderr = self.stderr.take().filter(|_| length > 0);
+            let length = self.child.stderr.as_mut().map_or(0, |pipe| pipe.read(&mut chunk).unwrap_or(0));
+            self.child.stderr = self.child.stderr.take().filter(|_| length > 0);
             for &byte in &chunk[..length] {
                 self.line.push(byte);
                 if byte == b'\n' || self.line.len() == MAX_LINE_BYTES {
@@ -652,49 +751,45 @@ mod session {
             self.line.clear();
         }
 
-        /// Sees to it that the child ends, and its group; says whether all was well, and how it did.
-        fn end(&mut self, session: u64) -> (bool, String) {
-            (self.stdin, self.stdout) = (None, None);
-            for (signal, wait) in LADDER.into_iter().chain(iter::repeat(LADDER[LADDER.len() - 1])) {
-                if let Some(signal) = signal {
-                    warn!("nix-daemon outlives its session session={session} signal={}", signal.as_raw());
-                    let _ = kill_process_group(Pid::from_child(&self.child), signal);
+        /// Whether it exits in time; if so, with all that it says before that in the log, as far as there is time.
+        fn exits(&mut self, session: u64, until: Instant) -> bool {
+            loop {
+                let fds = [poll::on(&self.exit, PollFlags::IN), poll::on(&self.child.stderr, PollFlags::IN)];
+                let [exit, stderr] = poll::ready(fds, until);
+                if !stderr.is_empty() {
+                    self.log_stderr(session);
                 }
-                let until = Instant::now() + secs(wait);
-                let mut exited = false;
-                while Instant::now() < until {
-                    let fds = [poll::on(&self.exit, PollFlags::IN), poll::on(&self.stderr, PollFlags::IN)];
-                    let [exit, stderr] = poll::ready(fds, until);
-                    exited = !exit.is_empty();
-                    if !stderr.is_empty() {
-                        self.log_stderr(session);
-                    } else if exited {
-                        break;
-                    }
-                }
-                if exited {
-                    break;
+                if Instant::now() >= until || stderr.is_empty() && !exit.is_empty() {
+                    return !exit.is_empty();
                 }
             }
+        }
+
+        /// Sees to it that the child ends, and its group; says whether all was well, and how it did.
+        fn end(&mut self, session: u64) -> (bool, String) {
+            (self.child.stdin, self.child.stdout) = (None, None);
+            for (wait, signal) in LADDER.into_iter().chain(iter::repeat(LADDER[1])) {
+                if self.exits(session, Instant::now() + secs(wait)) {
+                    break;
+                }
+                warn!("nix-daemon outlives its session session={session} signal={}", signal.as_raw());
+                let _ = kill_process_group(Pid::from_child(&self.child), signal);
+            }
             self.end_line(session);
-            self.kill_group();
+            // Before the child is reaped: after that, another group may have the number.
+            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
             match self.child.wait().map(|status| status.code().ok_or(status.signal().unwrap_or_default())) {
                 Ok(Ok(code)) => (code == 0, format!("nix-daemon exited with status {code}")),
                 Ok(Err(signal)) => (false, format!("nix-daemon was killed by signal {signal}")),
                 Err(e) => (false, format!("nix-daemon is lost: {e}")),
             }
         }
-
-        /// To be called before the child is reaped: after that, another group may have the number.
-        fn kill_group(&self) {
-            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
-        }
     }
 
     impl Drop for Daemon {
         fn drop(&mut self) {
             if let Ok(None) = self.child.try_wait() {
-                self.kill_group();
+                let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
                 let _ = self.child.wait();
             }
         }
@@ -713,8 +808,7 @@ mod session {
             let frame = FrameHeader { opcode, ..FrameHeader::default() };
             let _ = frame.format(payload.len() as u64, &mut header);
             let parts = [IoSlice::new(&header), IoSlice::new(payload)];
-            let idle = self.unsent.is_empty();
-            let sent = if idle { (&*self.socket).write_vectored(&parts).unwrap_or(0) } else { 0 };
+            let sent = if self.unsent.is_empty() { (&*self.socket).write_vectored(&parts).unwrap_or(0) } else { 0 };
             self.unsent.extend_from_slice(&header[sent.min(header.len())..]);
             self.unsent.extend_from_slice(&payload[sent.saturating_sub(header.len())..]);
         }
@@ -746,11 +840,11 @@ mod session {
         }
     }
 
-    /// Why a session ended: a name, the code of the Close that the client gets (RFC 6455, section 7.4.1) if it gets
-    /// one, and what else there is to say.
+    /// Why a session ended: a name, the code of the client's Close if it gets one (RFC 6455, section 7.4.1), details.
     struct End(&'static str, Option<u16>, String);
 
     const EXITED: &str = "daemon-exited";
+    const HUNG_UP: ProtocolError = ProtocolError::ResetWithoutClosingHandshake;
 
     fn end(name: &'static str, code: impl Into<Option<u16>>, detail: impl ToString) -> Option<End> {
         Some(End(name, code.into(), detail.to_string()))
@@ -760,7 +854,7 @@ mod session {
     pub struct Session {
         number: u64,
         client: WebSocket<Wire>,
-        /// tungstenite may hold a message that it has read already.
+        /// tungstenite may hold what it has read already, or what came behind the request.
         buffered: bool,
         daemon: Daemon,
         /// What the client sent and the child has not taken yet.
@@ -776,40 +870,39 @@ mod session {
     }
 
     impl Session {
-        /// `switching` is the 101, to be sent first, and `rest` what came behind the request. Fails when the
-        /// connection cannot be made ready.
+        /// `switching` is the 101, to be sent first, and `rest` what came behind the request.
         #[rustfmt::skip]
         pub fn new(
             number: u64, config: &Config, socket: Arc<TcpStream>, (switching, rest): (Vec<u8>, Vec<u8>), daemon: Daemon,
         ) -> io::Result<Session> {
+            let (alive, timeout) = (Instant::now(), secs(config.timeout_secs));
             // None at all is one that is as long as the session.
-            let keepalive = secs(if config.keepalive_secs > 0 { config.keepalive_secs } else { config.timeout_secs });
+            let keepalive = if config.keepalive_secs > 0 { secs(config.keepalive_secs) } else { timeout };
             // For a peer that vanishes while nothing is read from it, in milliseconds.
             let limit = (keepalive * KEEPALIVES).as_millis().min(i32::MAX as u128) as u32;
             rustix::net::sockopt::set_tcp_user_timeout(&socket, limit)?;
             socket.set_nonblocking(true)?;
-            let limits = WebSocketConfig::default().read_buffer_size(CHUNK_BYTES).write_buffer_size(0);
+            let limits = WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(0);
             let limits = limits.max_message_size(Some(MAX_MESSAGE_BYTES)).max_frame_size(Some(MAX_MESSAGE_BYTES));
-            let (alive, buffered) = (Instant::now(), !rest.is_empty());
-            let wire = Wire { socket, unsent: switching };
+            let (wire, buffered) = (Wire { socket, unsent: switching }, !rest.is_empty());
             let client = WebSocket::from_partially_read(wire, rest, Role::Server, Some(limits));
-            let (ping, deadline) = (alive + keepalive, alive + secs(config.timeout_secs));
+            let (ping, deadline) = (alive + keepalive, alive + timeout);
             let (input, chunk, bytes_in, bytes_out) = (Bytes::new(), vec![0; CHUNK_BYTES], 0, 0);
             Ok(Session {
                 number, client, buffered, daemon, input, chunk, keepalive, alive, ping, deadline, bytes_in, bytes_out,
             })
         }
 
-        /// Carries bytes until it is over, which is at once when `closing` hangs up; then ends both sides, and logs
-        /// how that went.
+        /// Carries bytes until it is over, which `closing` can make it; then ends both sides, and logs how that went.
         pub fn run(mut self, closing: BorrowedFd<'_>) {
             let start = Instant::now();
+            admin::add("sessions_active", 1.0);
             let End(reason, code, mut detail) = loop {
                 if let Some(end) = self.turn(closing) {
                     break end;
                 }
             };
-            self.daemon.stdin = None;
+            self.daemon.child.stdin = None;
             if reason != EXITED {
                 self.hang_up(code, &detail, CLOSE_TIMEOUT);
             }
@@ -820,33 +913,31 @@ mod session {
             }
             let (number, secs, detail) = (self.number, start.elapsed().as_secs_f64(), shown(&detail));
             let (bytes_in, bytes_out) = (self.bytes_in, self.bytes_out);
+            admin::add_session(reason, secs);
             info!(
                 "session ended session={number} reason={reason} detail={detail} secs={secs:.3} \
                  bytes_in={bytes_in} bytes_out={bytes_out} exit={fate:?}"
             );
         }
 
-        /// Waits for what happens next, and does what that asks for. Nothing else in here waits: so neither direction
-        /// waits for the other.
+        /// Waits for what happens next, and does what that asks for. Nothing else in here waits, so no direction does.
         fn turn(&mut self, closing: BorrowedFd<'_>) -> Option<End> {
             let (wire, daemon) = (self.client.get_ref(), &self.daemon);
-            // The child waits while the client has not taken this, and the client while the child has not taken its
-            // input.
+            // The child waits while the client has not taken this, and the client while the child has input to take.
             let (full, listening) = (!wire.unsent.is_empty(), self.input.is_empty());
             let mut wanted = PollFlags::empty();
             wanted.set(PollFlags::IN, listening);
             wanted.set(PollFlags::OUT, full);
             let fds = [
                 Some((wire.socket.as_fd(), wanted)),
-                poll::on(&daemon.stdin, PollFlags::OUT).filter(|_| !listening),
-                poll::on(&daemon.stdout, PollFlags::IN).filter(|_| !full),
-                poll::on(&daemon.stderr, PollFlags::IN),
+                poll::on(&daemon.child.stdin, PollFlags::OUT).filter(|_| !listening),
+                poll::on(&daemon.child.stdout, PollFlags::IN).filter(|_| !full),
+                poll::on(&daemon.child.stderr, PollFlags::IN),
                 poll::on(&daemon.exit, PollFlags::IN).filter(|_| !full),
                 Some((closing, PollFlags::IN)),
             ];
             let silence = self.alive + self.keepalive * KEEPALIVES;
-            let at_once = listening && self.buffered;
-            let until = if at_once { self.alive } else { self.deadline.min(self.ping).min(silence) };
+            let until = if listening && self.buffered { self.alive } else { self.deadline.min(self.ping).min(silence) };
             let [client, stdin, stdout, stderr, exit, closing] = poll::ready(fds, until);
             let broken = client.intersects(PollFlags::HUP | PollFlags::ERR);
 
@@ -860,12 +951,13 @@ mod session {
                 self.daemon.log_stderr(self.number);
             }
             if !stdout.is_empty() {
-                let stdout = self.daemon.stdout.as_mut()?;
+                let stdout = self.daemon.child.stdout.as_mut()?;
                 let length = stdout.read(&mut self.chunk).unwrap_or(0);
                 if length == 0 {
                     return end(EXITED, None, "");
                 }
                 self.bytes_out += length as u64;
+                admin::add("bytes_total{direction=\"out\"}", length as f64);
                 self.client.get_mut().send(OpCode::Data(Data::Binary), &self.chunk[..length]);
             } else if !exit.is_empty() {
                 return end(EXITED, None, "");
@@ -904,6 +996,7 @@ mod session {
             match message {
                 Ok(Message::Binary(payload)) => {
                     self.bytes_in += payload.len() as u64;
+                    admin::add("bytes_total{direction=\"in\"}", payload.len() as f64);
                     self.input = payload;
                     self.daemon.feed(&mut self.input);
                     None
@@ -914,9 +1007,7 @@ mod session {
                 Err(Error::Io(e)) if e.kind() == ErrorKind::WouldBlock => None,
                 Err(Error::Capacity(e)) => end("protocol-error", 1009, e),
                 Err(e @ Error::Utf8(_)) => end("protocol-error", 1007, e),
-                Err(Error::Protocol(ResetWithoutClosingHandshake)) => {
-                    end("client-gone", None, "it hung up without a Close")
-                }
+                Err(Error::Protocol(HUNG_UP)) => end("client-gone", None, "it hung up without a Close"),
                 Err(Error::Protocol(e)) => end("protocol-error", 1002, e),
                 Err(e) => end("client-gone", None, e),
             }
@@ -938,13 +1029,75 @@ mod session {
     }
 }
 
+/// What the relay does, in numbers, as Prometheus reads them (text format 0.0.4). Touches nothing else. Promises that
+/// no label holds what a client chose.
+mod admin {
+    use super::lock;
+    use std::{collections::BTreeMap, sync::Mutex};
+
+    const REASONS: &[&str] =
+        &["client-closed", "client-gone", "daemon-exited", "protocol-error", "shutting-down", "timed-out"];
+    const STATUSES: &[&str] = &["400", "401", "403", "404", "405", "408", "426", "431", "502", "503"];
+    /// Name, type, help, label, and its values, which are there from the start: without a zero before it, the first
+    /// event is no increase.
+    const METRICS: [(&str, &str, &str, &str, &[&str]); 7] = [
+        ("build_info", "gauge", "The version of nix-relay.", "", &[]),
+        ("bytes_total", "counter", "Payload that came from clients, and went to them.", "direction", &["in", "out"]),
+        ("jwks_refreshes_total", "counter", "Fetches of an issuer's keys.", "result", &["ok", "error"]),
+        ("refusals_total", "counter", "Connections that got this status, and no session.", "status", STATUSES),
+        ("session_seconds", "histogram", "How long sessions took.", "", &[]),
+        ("sessions_active", "gauge", "Sessions that have begun and not ended.", "", &[]),
+        ("sessions_total", "counter", "Sessions that have ended, by why.", "result", REASONS),
+    ];
+    const BUCKETS: [(&str, f64); 6] =
+        [("1", 1.0), ("10", 10.0), ("100", 100.0), ("1000", 1000.0), ("10000", 10000.0), ("+Inf", f64::INFINITY)];
+    /// In the order of their names, which is right for all buckets but the widest: whether it is that one comes first.
+    static SERIES: Mutex<BTreeMap<(bool, String), f64>> = Mutex::new(BTreeMap::new());
+
+    /// Adds to a metric: its name, and its label if it has one.
+    pub fn add(series: &str, value: f64) {
+        *lock(&SERIES).entry((series.contains("+Inf"), series.into())).or_default() += value;
+    }
+
+    /// To be called once.
+    pub fn start() {
+        for (metric, _, _, label, values) in METRICS {
+            values.iter().for_each(|value| add(&format!("{metric}{{{label}={value:?}}}"), 0.0));
+        }
+        add("sessions_active", 0.0);
+        add(concat!("build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), 1.0);
+    }
+
+    /// Counts a session that has ended.
+    pub fn add_session(result: &str, secs: f64) {
+        add("sessions_active", -1.0);
+        add(&format!("sessions_total{{result={result:?}}}"), 1.0);
+        for (le, limit) in BUCKETS {
+            add(&format!("session_seconds_bucket{{le={le:?}}}"), (secs <= limit).into());
+        }
+        add("session_seconds_count", 1.0);
+        add("session_seconds_sum", secs);
+    }
+
+    /// All that was added up, in the text format.
+    pub fn metrics() -> String {
+        let (series, mut text) = (lock(&SERIES), String::new());
+        for (name, kind, help, ..) in METRICS {
+            text += &format!("# HELP nix_relay_{name} {help}\n# TYPE nix_relay_{name} {kind}\n");
+            let own = series.iter().filter(|((_, series), _)| series.starts_with(name));
+            text.extend(own.map(|((_, series), value)| format!("nix_relay_{series} {value}\n")));
+        }
+        text
+    }
+}
+
 /// Text that a client or an issuer chose, fit for a line of the log: quoted, escaped, cut short.
 fn shown(text: &str) -> String {
     format!("{:?}", text.chars().take(256).collect::<String>())
 }
 
-fn secs(secs: u32) -> Duration {
-    Duration::from_secs(secs.into())
+fn secs(secs: impl Into<u32>) -> Duration {
+    Duration::from_secs(secs.into().into())
 }
 
 /// A panic elsewhere must not become one here: what is behind these locks is valid at any time.
@@ -952,21 +1105,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-// main: arguments, logging, the accept loop, who may be in, shutdown.
+// main: arguments, logging, the accept loops, who may be in, shutdown.
 
-use config::Config;
-use http::{Answer, Head, Headers, RETRY};
-use log::{error, info, warn};
-use oidc::Issuer;
-use session::{Daemon, Session};
 use signal_hook::{consts, iterator::Signals};
-use std::io::{self, PipeReader};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::process::ExitCode;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-use std::{collections::VecDeque, env, fmt::Display, os::fd::AsFd, path::Path, thread};
-use tungstenite::http::Method;
+use std::{
+    collections::BTreeMap, env, fmt::Display, fs, io, io::PipeReader, io::Write, net::Shutdown, net::TcpListener,
+};
+use std::{net::TcpStream, os::fd::AsFd, os::unix::fs::MetadataExt, path::Path, process::ExitCode, thread};
+use std::{time::Duration, time::Instant};
+use {config::Config, http::Answer, http::Head, http::RETRY, session::Daemon, session::Session};
+use {log::error, log::info, log::warn, sd_notify::NotifyState, sd_notify::notify};
 
 const USAGE: &str = "usage: nix-relay [--check] [CONFIG.toml]    (or NIX_RELAY_CONFIG=CONFIG.toml)
 Carries the Nix worker protocol from a WebSocket to nix-daemon, for callers with an OIDC token.
@@ -988,7 +1137,7 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(19);
 /// What every connection needs.
 struct Relay {
     config: Config,
-    issuer: Arc<Issuer>,
+    issuers: Vec<Arc<oidc::Issuer>>,
     gate: Mutex<Gate>,
     gate_changed: Condvar,
     /// Hangs up when the sessions are to end.
@@ -999,18 +1148,22 @@ struct Relay {
 #[derive(Default)]
 struct Gate {
     connections: u32,
-    /// Those of them whose request, or whose end after a refusal, we wait for, the oldest first.
-    awaited: VecDeque<Arc<TcpStream>>,
-    /// Sessions that may yet begin.
+    /// The number of the latest.
+    number: u64,
+    /// Those of them, by number, whose request, or whose end after a refusal, we wait for.
+    awaited: BTreeMap<u64, Arc<TcpStream>>,
+    /// Sessions that may yet begin, and the number of the latest.
     permits: u32,
+    session: u64,
     /// How many times the relay was told to stop; once is enough to let nobody in.
     signals: u32,
 }
 
 impl Relay {
-    fn change(&self, change: impl FnOnce(&mut Gate)) {
-        change(&mut lock(&self.gate));
+    fn change<T>(&self, change: impl FnOnce(&mut Gate) -> T) -> T {
+        let changed = change(&mut lock(&self.gate));
         self.gate_changed.notify_all();
+        changed
     }
 
     fn wait(&self, limit: Duration, done: impl Fn(&Gate) -> bool) -> MutexGuard<'_, Gate> {
@@ -1033,27 +1186,32 @@ fn main() -> ExitCode {
         print!("{text}");
         ExitCode::SUCCESS
     };
+    let fail = |text: &str| {
+        eprintln!("nix-relay: {}", text.trim_end());
+        ExitCode::from(2)
+    };
     let (checks, arguments): (Vec<_>, Vec<_>) = env::args_os().skip(1).partition(|argument| argument == "--check");
     let path = match &arguments[..] {
         [] => env::var_os("NIX_RELAY_CONFIG").unwrap_or_default(),
         [only] if only == "--help" => return say(USAGE),
         [only] if only == "--version" => return say(concat!("nix-relay ", env!("CARGO_PKG_VERSION"), "\n")),
         [only] if !only.to_string_lossy().starts_with('-') => only.clone(),
-        _ => {
-            eprint!("nix-relay: did not expect {arguments:?}\n{USAGE}");
-            return ExitCode::from(2);
-        }
+        _ => return fail(&format!("did not expect {arguments:?}\n{USAGE}")),
     };
     let path = Some(Path::new(&path)).filter(|path| !path.as_os_str().is_empty());
     let config = match config::load(path) {
         Ok((_, text)) if !checks.is_empty() => return say(&text),
         Ok((config, _)) => config,
-        Err(e) => {
-            eprintln!("nix-relay: {}", e.replace('\n', " "));
-            return ExitCode::from(2);
-        }
+        Err(e) => return fail(&e.trim_end().replace('\n', " ")),
     };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    let mut logger = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"));
+    // The journal knows the time, and wants to be told the priority (systemd.exec(5), sd-daemon(3)).
+    let stderr = fs::metadata("/dev/stderr").map_or(String::new(), |at| format!("{}:{}", at.dev(), at.ino()));
+    if env::var("JOURNAL_STREAM").is_ok_and(|journal| journal == stderr) {
+        const PRIORITIES: [u8; 6] = [3, 3, 4, 6, 7, 7];
+        logger.format(|to, record| writeln!(to, "<{}>{}", PRIORITIES[record.level() as usize], record.args()));
+    }
+    logger.init();
     let Err(e) = run(config) else { return ExitCode::SUCCESS };
     error!("{e}");
     ExitCode::FAILURE
@@ -1061,25 +1219,31 @@ fn main() -> ExitCode {
 
 /// Until it was told to stop and nobody is left, or their time is over. Fails if it cannot start.
 fn run(config: Config) -> io::Result<()> {
-    let listener = TcpListener::bind(&config.listen)
-        .map_err(|e| io::Error::other(format!("cannot listen on {}: {e}", config.listen)))?;
+    let mut listeners = Vec::new();
+    for (name, address) in [("relay", &config.listen), ("admin", &config.admin_listen)] {
+        if !address.is_empty() {
+            let taken = |e| io::Error::other(format!("cannot listen on {address}: {e}"));
+            listeners.push((name, TcpListener::bind(address).map_err(taken)?));
+        }
+    }
     let mut signals = Signals::new([consts::SIGTERM, consts::SIGINT])?;
-    let grace = secs(config.shutdown_grace_secs);
-    let (closing, close) = io::pipe()?;
-    let relay = Arc::new(Relay {
-        issuer: Issuer::start(&config)?,
-        gate: Mutex::new(Gate { permits: config.max_connections, ..Gate::default() }),
-        gate_changed: Condvar::new(),
-        closing,
-        config,
-    });
-    info!("listening address={}", listener.local_addr()?);
-    let (accepting, signalled) = (relay.clone(), relay.clone());
+    let (grace, (closing, close)) = (secs(config.shutdown_grace_secs), io::pipe()?);
+    let gate = Mutex::new(Gate { permits: config.max_connections.get(), ..Gate::default() });
+    let (issuers, gate_changed) = (oidc::start(&config)?, Condvar::new());
+    let relay = Arc::new(Relay { config, issuers, gate, gate_changed, closing });
+    admin::start();
     let thread = |name: &str| thread::Builder::new().name(name.into());
-    thread("accept").spawn(move || accept(&accepting, &listener))?;
+    for (name, listener) in listeners {
+        info!("{name} listening address={}", listener.local_addr()?);
+        let relay = relay.clone();
+        thread(name).spawn(move || accept(&relay, &listener, name == "admin"))?;
+    }
+    let signalled = relay.clone();
     let count = move || signals.forever().for_each(|_| signalled.change(|gate| gate.signals += 1));
     thread("signals").spawn(count)?;
+    let _ = notify(&[NotifyState::Ready]);
     while relay.wait(Duration::MAX, |gate| gate.signals > 0).signals == 0 {}
+    let _ = notify(&[NotifyState::Stopping]);
     info!("shutting down grace_secs={}", grace.as_secs());
     drop(relay.wait(grace, |gate| gate.connections == 0 || gate.signals > 1));
     drop(close);
@@ -1089,41 +1253,33 @@ fn run(config: Config) -> io::Result<()> {
 }
 
 /// Hands every connection to a thread of its own. Nothing ends this. Where too many have no session yet, the one that
-/// we have waited for longest goes, so that silent clients keep nobody out.
-fn accept(relay: &Arc<Relay>, listener: &TcpListener) {
-    for number in 1.. {
-        let socket = match listener.accept() {
-            Ok((socket, _)) => Arc::new(socket),
-            Err(e) => {
-                warn!("cannot accept error={e:?}");
-                thread::sleep(SCARCITY_PAUSE);
-                continue;
-            }
+/// we have waited for longest must go, so that silent clients keep nobody out.
+fn accept(relay: &Arc<Relay>, listener: &TcpListener, admin: bool) {
+    loop {
+        let Ok((socket, peer)) = listener.accept().inspect_err(|e| warn!("cannot accept error={e:?}")) else {
+            thread::sleep(SCARCITY_PAUSE);
+            continue;
         };
+        let socket = Arc::new(socket);
         let _ = socket.set_write_timeout(Some(ANSWER_TIMEOUT)).and(socket.set_nodelay(true));
-        let mut gate = lock(&relay.gate);
-        let sessions = relay.config.max_connections - gate.permits;
-        if gate.connections >= MAX_HANDSHAKES + sessions {
-            let oldest = gate.awaited.pop_front();
-            drop(gate);
-            let leaving = oldest.as_ref().unwrap_or(&socket);
-            refuse(leaving, &busy("too many handshakes"), true, Duration::ZERO);
-            // Its thread, if it has one, reads the end of the connection.
-            let _ = leaving.shutdown(Shutdown::Both);
-            if oldest.is_none() {
-                continue;
+        let number = relay.change(|gate| {
+            if gate.connections >= MAX_HANDSHAKES + (relay.config.max_connections.get() - gate.permits) {
+                // Its thread reads the end of the connection, and answers.
+                let _ = gate.awaited.pop_first()?.1.shutdown(Shutdown::Read);
             }
-            gate = lock(&relay.gate);
-        }
-        gate.connections += 1;
-        gate.awaited.push_back(socket.clone());
-        drop(gate);
+            (gate.number, gate.connections) = (gate.number + 1, gate.connections + 1);
+            gate.awaited.insert(gate.number, socket.clone());
+            Some(gate.number)
+        });
+        let Some(number) = number else {
+            refuse(&socket, &peer.to_string(), &busy("too many handshakes"), true, Duration::ZERO);
+            continue;
+        };
         let visit = Held(relay.clone(), |gate| gate.connections -= 1);
-        let served = socket.clone();
-        let thread = thread::Builder::new().name(format!("connection {number}"));
-        if let Err(e) = thread.spawn(move || serve(&visit.0, &served, number)) {
-            lock(&relay.gate).awaited.pop_back();
-            refuse(&socket, &busy(e), true, Duration::ZERO);
+        let (served, thread) = (socket.clone(), thread::Builder::new().name(format!("connection {number}")));
+        if let Err(e) = thread.spawn(move || serve(&visit.0, &served, peer.to_string(), number, admin)) {
+            relay.change(|gate| gate.awaited.remove(&number));
+            refuse(&socket, &peer.to_string(), &busy(e), true, Duration::ZERO);
             thread::sleep(SCARCITY_PAUSE);
         }
     }
@@ -1134,66 +1290,65 @@ fn busy(cause: impl Display) -> Answer {
 }
 
 /// Answers something else than 101. All refusals are logged, but not how healthy we are.
-fn refuse(socket: &TcpStream, answer: &Answer, with_body: bool, linger: Duration) {
+fn refuse(socket: &TcpStream, peer: &str, answer: &Answer, with_body: bool, linger: Duration) {
     let (status, line) = (answer.status, &answer.line);
-    let peer = socket.peer_addr().map_or_else(|e| e.to_string(), |peer| peer.to_string());
-    if !["ok", "draining"].contains(&line.as_str()) {
+    if status != 200 && line != "draining" {
+        admin::add(&format!("refusals_total{{status=\"{status}\"}}"), 1.0);
         info!("refused peer={peer} status={status} reason={}", shown(&format!("{line}{}", answer.cause)));
     }
     let _ = answer.send(socket, with_body, linger);
 }
 
 /// One connection, from its first byte to its last.
-fn serve(relay: &Arc<Relay>, socket: &Arc<TcpStream>, number: u64) {
+fn serve(relay: &Arc<Relay>, socket: &Arc<TcpStream>, mut peer: String, number: u64, admin: bool) {
     let head = Head::read(socket, Instant::now() + secs(relay.config.handshake_timeout_secs));
-    let heard = || lock(&relay.gate).awaited.retain(|other| !Arc::ptr_eq(other, socket));
-    heard();
-    let with_body = !matches!(&head, Ok(Some(head)) if head.request.method() == Method::HEAD);
-    match head.and_then(|head| head.map(|head| admit(relay, socket, number, head)).transpose()) {
-        Ok(None) => {}
-        Ok(Some((session, _permit))) => session.run(relay.closing.as_fd()),
-        Err(answer) => {
-            lock(&relay.gate).awaited.push_back(socket.clone());
-            refuse(socket, &answer, with_body, LINGER);
-            heard();
-        }
+    let still_awaited = || relay.change(|gate| gate.awaited.remove(&number)).is_some();
+    if !still_awaited() {
+        return refuse(socket, &peer, &busy("too many handshakes"), true, Duration::ZERO);
+    }
+    let mut with_body = true;
+    if let Ok(Some(head)) = &head {
+        peer += &head.forwarded_for();
+        with_body = head.request.method() != "HEAD";
+    }
+    let served = head.and_then(|head| head.map_or(Ok(()), |head| admit(relay, socket, &peer, head, admin)));
+    if let Err(answer) = served {
+        relay.change(|gate| gate.awaited.insert(number, socket.clone()));
+        refuse(socket, &peer, &answer, with_body, LINGER);
+        still_awaited();
     }
 }
 
-/// The session that a request asks for, and the permit for it; or why there is none.
-fn admit(relay: &Arc<Relay>, socket: &Arc<TcpStream>, number: u64, head: Head) -> Result<(Session, Held), Answer> {
-    let path = head.request.uri().path();
-    let allow: Headers = match path {
-        "/relay" => &[("Allow", "GET")],
-        "/healthz" => &[("Allow", "GET, HEAD")],
+/// The session that a request asks for, from its permit to its end; or why there is none.
+fn admit(relay: &Arc<Relay>, socket: &Arc<TcpStream>, peer: &str, head: Head, admin: bool) -> Result<(), Answer> {
+    let wrong_method = |allow| Answer::new(405, allow, "this path does not know the method");
+    let draining = lock(&relay.gate).signals > 0;
+    match (head.request.uri().path(), head.request.method().as_str(), admin) {
+        ("/relay", "GET", false) => {}
+        ("/relay", _, false) => return Err(wrong_method(&[("Allow", "GET")])),
+        ("/metrics", "GET" | "HEAD", true) => return Err(Answer::new(200, &[], admin::metrics().trim_end())),
+        ("/healthz", "GET" | "HEAD", _) if draining => return Err(Answer::new(503, &[], "draining")),
+        ("/healthz", "GET" | "HEAD", _) => return Err(Answer::new(200, &[], "ok")),
+        ("/metrics", _, true) | ("/healthz", ..) => return Err(wrong_method(&[("Allow", "GET, HEAD")])),
         _ => return Err(Answer::new(404, &[], "there is nothing here; the relay is at /relay")),
-    };
-    if !allow[0].1.split(", ").any(|method| method == head.request.method()) {
-        return Err(Answer::new(405, allow, "this path does not know the method"));
-    } else if path == "/healthz" {
-        let draining = lock(&relay.gate).signals > 0;
-        return Err(if draining { Answer::new(503, &[], "draining") } else { Answer::new(200, &[], "ok") });
     }
     let switching = head.switching_protocols()?;
-    let token = head.token()?;
-    let claims = relay.issuer.verify(&token)?;
-    let identity = policy::authorize(&relay.config, &claims)?;
+    let claims = oidc::verify(&relay.issuers, &head.token()?)?;
+    let (arguments, identity) = policy::authorize(&relay.config.rule, &claims)?;
     let mut gate = relay.wait(secs(relay.config.queue_timeout_secs), |gate| gate.permits > 0 || gate.signals > 0);
-    if gate.signals > 0 {
-        return Err(Answer::new(503, RETRY, "the relay is shutting down; try again later"));
-    } else if gate.permits == 0 {
-        return Err(Answer::new(503, RETRY, "all sessions are in use; try again later"));
+    if gate.signals > 0 || gate.permits == 0 {
+        let why = if gate.signals > 0 { "the relay is shutting down" } else { "all sessions are in use" };
+        return Err(Answer::new(503, RETRY, &format!("{why}; try again later")));
     }
-    gate.permits -= 1;
+    (gate.permits, gate.session) = (gate.permits - 1, gate.session + 1);
+    let number = gate.session;
     drop(gate);
-    let permit = Held(relay.clone(), |gate| gate.permits += 1);
-
-    let daemon = Daemon::spawn(&relay.config).map_err(|e| {
-        let line = "nix-daemon does not start; the relay's log has the cause";
-        Answer::new(502, &[], line).because(format!("{}: {e}", relay.config.nix_daemon_path))
-    })?;
-    let peer = socket.peer_addr().map_err(busy)?;
+    let _permit = Held(relay.clone(), |gate| gate.permits += 1);
+    let program = &relay.config.nix_daemon_path;
+    let failed = Answer::new(502, &[], "nix-daemon does not start; the relay's log has the cause");
+    let daemon = Daemon::spawn(program, arguments).map_err(|e| failed.because(format!("{program}: {e}")))?;
     let session = Session::new(number, &relay.config, socket.clone(), (switching, head.rest), daemon).map_err(busy)?;
     info!("session opened session={number} peer={peer} {identity}");
-    Ok((session, permit))
+    session.run(relay.closing.as_fd());
+    Ok(())
 }

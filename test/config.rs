@@ -9,8 +9,9 @@ use std::process::{Command, Output};
 use toml::{Table, Value};
 
 /// A key, its variable, its default, another value for it in TOML, and a third one as text and as TOML.
-const KEYS: [(&str, &str, &str, &str, &str, &str); 13] = [
+const KEYS: [(&str, &str, &str, &str, &str, &str); 14] = [
     ("server.listen", "NIX_RELAY_LISTEN", "'0.0.0.0:8080'", "'127.0.0.1:1'", "[::1]:65535", "'[::1]:65535'"),
+    ("server.admin_listen", "NIX_RELAY_ADMIN_LISTEN", "''", "'127.0.0.1:1'", "[::1]:65535", "'[::1]:65535'"),
     ("server.shutdown_grace_secs", "NIX_RELAY_SHUTDOWN_GRACE_SECS", "30", "0", "7", "7"),
     ("server.handshake_timeout_secs", "NIX_RELAY_HANDSHAKE_TIMEOUT_SECS", "10", "1", "7", "7"),
     ("server.keepalive_secs", "NIX_RELAY_KEEPALIVE_SECS", "30", "60", "0", "0"),
@@ -114,6 +115,8 @@ fn what_check_prints_is_a_configuration_with_the_same_effect() {
     for (key, _, _, in_file, _, _) in KEYS {
         text += &format!("{key} = {in_file}\n");
     }
+    text += "[[auth.rule]]\nname = 'a'\nbound_claims = { ref = ['a', 5], x = true }\n";
+    text += "[[auth.rule]]\nname = 'b'\nissuer = 'https://example.com'\nbound_claims.ref = 'b'\nextra_args = []\n";
     let first = effective(command.arg("--check").arg(dir.write("1.toml", &text)));
     let second = dir.write("2.toml", &first.to_string());
     assert_eq!(effective(binary().arg("--check").arg(second)), first);
@@ -159,6 +162,28 @@ fn errors_in_a_file() {
         ("[daemon]\ntimeout_secs = 0", "2", "daemon.timeout_secs"),
         ("[daemon]\nmax_connections = 0", "2", "daemon.max_connections"),
         ("[daemon]\nqueue_timeout_secs = { secs = 1 }", "2", "daemon.queue_timeout_secs"),
+        ("[auth]\nallowed_org = '*'", "2", "auth.allowed_org"),
+        ("[server]\nadmin_listen = 'on'", "2", "server.admin_listen"),
+        ("auth.rule = 5", "1", "auth.rule"),
+        ("auth.rule = [5]", "1", "auth.rule"),
+        ("[auth.rule]\nname = 'a'", "1", "auth.rule"),
+        ("[[auth.rule]]\nbound_claims = { ref = 'a' }", "1", "name"),
+        ("[[auth.rule]]\nname = 'a'", "1", "bound_claims"),
+        ("[[auth.rule]]\nname = ''\nbound_claims = { ref = 'a' }", "1", "auth.rule: name"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims = {}", "1", "auth.rule: bound_claims"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = []", "1", "auth.rule: bound_claims"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = { a = 'b' }", "1", "auth.rule: bound_claims"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = [['b']]", "1", "auth.rule: bound_claims"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 1.5", "1", "auth.rule: bound_claims"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nclaims.x = 'a'", "1", "claims"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nissuer = 'http://example.com'", "1", "auth.rule: issuer"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\naudience = ''", "1", "auth.rule: audience"),
+        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nextra_args = '--stdio'", "1", "rule.extra_args"),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\n\n[[auth.rule]]\nname = 'b'\nbound_claims.ref = []",
+            "5",
+            "auth.rule: bound_claims",
+        ),
         ("[server", "1", ""),
         ("[server]\nlisten = 'never closed\n", "2", ""),
         ("[server]\n\nlisten 1", "3", ""),

@@ -41,7 +41,7 @@ fn a_thousand_silent_connections() {
     for stream in &mut silent[..700] {
         let answer = rest(stream);
         assert_eq!(status(&answer), "503", "{answer}");
-        assert!(answer.contains("\r\nretry-after: "), "{answer}");
+        assert!(answer.contains("\r\nRetry-After: "), "{answer}");
     }
     // The youngest are still waited for.
     let youngest = silent.last_mut().unwrap();
@@ -194,7 +194,7 @@ fn a_request_behind_a_refused_one() {
     let health = "GET /healthz HTTP/1.1\r\nHost: relay\r\nContent-Length: 600\r\n\r\n";
     for first in [health, &upgrade_request("Authorization: Bearer x\r\n"), "x\r\n\r\n"] {
         let answer = relay.exchange(format!("{first}{good}").as_bytes());
-        assert_eq!(answer.matches("content-length: ").count(), 1, "{answer}");
+        assert_eq!(answer.matches("Content-Length: ").count(), 1, "{answer}");
         assert_ne!(status(&answer), "101");
     }
     assert!(!relay.log.text().contains("session opened"));

@@ -1,15 +1,20 @@
 //! Black-box tests: the real binary, real sockets, a real nix. A module for each part of the promise.
 
+mod admin;
+mod audit;
 mod children;
 mod client;
 mod config;
 mod frames;
 mod handshakes;
 mod http;
+mod keys;
 mod nix;
 mod peers;
+mod rules;
 mod scarcity;
 mod sessions;
 mod shutdown;
 mod support;
 mod tokens;
+mod trust;

@@ -1,4 +1,4 @@
-//! When descriptors, threads, processes, permits or the log's reader run out: what goes on, and what
+//! When descriptors, threads, processes, permits, room in /tmp or the log's reader run out: what goes on, and what
 //! comes back.
 
 use crate::support::*;
@@ -86,16 +86,38 @@ fn a_log_without_a_reader() {
     assert!(relay.exchange(b"nonsense\r\n\r\n").starts_with("HTTP/1.1 400 "));
 }
 
+/// The daemon says what happens when it writes there; where the tests run, the relay itself may lie in /tmp.
+#[test]
+fn a_full_tmp() {
+    let issuer = Issuer::start();
+    let full = format!(
+        "exec 9<\"$0\"
+         exec {} 'mount -t tmpfs -o size=4k none /tmp; cat /dev/zero >/tmp/full; exec /proc/self/fd/9'",
+        project("test/support/own-mounts").display()
+    );
+    let setup = Setup::new(&issuer).set("DAEMON_PATH", "sh").set("EXTRA_ARGS", "-c cat</bin/sh>/tmp/file;cat");
+    let relay = setup.env("TMPDIR", "/tmp").under(&full).start();
+    let before = relay.at_rest();
+    for number in 1..=3 {
+        let mut client = relay.connect(&issuer.token());
+        client.send(vec![b'x'; 5_000_000]);
+        assert_eq!(client.receive_exactly(5_000_000), [b'x'; 5_000_000]);
+        client.close();
+        relay.log.wait(&format!("session ended session={number} "));
+        assert!(relay.log.wait(&format!("says session={number} ")).contains("No space left"));
+    }
+    relay.back_to(before);
+}
+
 #[test]
 fn one_client_more_than_permits() {
     let issuer = Issuer::start();
     let relay = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "600").start();
     let before = relay.at_rest();
     let mut sessions: Vec<Client> = (0..32).map(|_| relay.connect(&issuer.token())).collect();
-    let (threads, _) = relay.resources();
     thread::scope(|scope| {
         let last = scope.spawn(|| relay.connect(&issuer.token()));
-        eventually("it is being served", LIMIT, || relay.resources().0 > threads);
+        eventually("it is being served", LIMIT, || relay.has_thread("connection 33"));
         // A whole exchange, in which the other comes to its wait.
         relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
         assert!(!last.is_finished() && relay.children().len() == 32);
@@ -116,7 +138,7 @@ fn no_permit_in_time() {
     let before = relay.at_rest();
     let mut client = relay.connect(&issuer.token());
     let answer = upgrade(&relay, &issuer);
-    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nretry-after: "), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nRetry-After: "), "{answer}");
     relay.log.wait("status=503 reason=\"all sessions are in use");
     client.send("still served");
     assert_eq!(client.receive(), b"still served");
@@ -133,11 +155,10 @@ fn a_client_that_does_not_wait() {
     let relay = setup.start();
     let before = relay.at_rest();
     let mut client = relay.connect(&issuer.token());
-    let (threads, _) = relay.resources();
     let mut impatient = relay.tcp();
     let head = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
     std::io::Write::write_all(&mut impatient, head.as_bytes()).unwrap();
-    eventually("it is being served", LIMIT, || relay.resources().0 > threads);
+    eventually("it is being served", LIMIT, || relay.has_thread("connection 2"));
     drop(impatient);
     client.close();
     relay.back_to(before);

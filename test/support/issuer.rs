@@ -3,10 +3,12 @@
 #![allow(dead_code, reason = "each program that shares this uses its own part")]
 
 use jwt_simple::prelude::*;
+use p256::ecdsa::{Signature, SigningKey, signature::Signer as _};
 use serde_json::{Map, Value, json};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
+use superboring::{hash::MessageDigest, pkey::PKey, rsa::Padding, sign::Signer};
 
 /// What a job presents to the token endpoint (`ACTIONS_ID_TOKEN_REQUEST_TOKEN`).
 pub const REQUEST_TOKEN: &str = "request-token-of-the-job";
@@ -17,6 +19,7 @@ pub const ORG: &str = "example-org";
 pub struct Keys {
     pub rsa: RS256KeyPair,
     pub p256: ES256KeyPair,
+    pub p384: ES384KeyPair,
     pub ed25519: Ed25519KeyPair,
     /// In no key set.
     pub unpublished: ES256KeyPair,
@@ -27,9 +30,18 @@ pub fn keys() -> &'static Keys {
     KEYS.get_or_init(|| Keys {
         rsa: RS256KeyPair::generate(2048).unwrap().with_key_id("rsa"),
         p256: ES256KeyPair::generate().with_key_id("p256"),
+        p384: ES384KeyPair::generate().with_key_id("p384"),
         ed25519: Ed25519KeyPair::generate().with_key_id("ed25519"),
         unpublished: ES256KeyPair::generate().with_key_id("unpublished"),
     })
+}
+
+/// The public keys, as they are published: RSA, P-256, P-384, Ed25519.
+pub fn published() -> [Value; 4] {
+    let keys = keys();
+    let (p256, p384) = (keys.p256.public_key().to_jwk(), keys.p384.public_key().to_jwk());
+    let all = [keys.rsa.public_key().to_jwk(), p256, p384, keys.ed25519.public_key().to_jwk()];
+    all.map(|key| jwk(&key, json!({})))
 }
 
 pub fn now() -> u64 {
@@ -44,10 +56,52 @@ pub fn raw_claims(claims: &Value) -> JWTClaims<Map<String, Value>> {
     all
 }
 
+pub fn encode(bytes: impl AsRef<[u8]>) -> String {
+    Base64UrlSafeNoPadding::encode_to_string(bytes).unwrap()
+}
+
+/// The signature of ES256 over two parts of a token, whatever they are.
+pub fn es256(key: &ES256KeyPair, parts: &str) -> Signature {
+    AsRef::<SigningKey>::as_ref(key.key_pair()).sign(parts.as_bytes())
+}
+
+/// A token of two parts, whatever they are, that are signed well.
+pub fn signed(key: &ES256KeyPair, header: &str, payload: &str) -> String {
+    let parts = format!("{header}.{payload}");
+    let signature = encode(es256(key, &parts).to_bytes());
+    format!("{parts}.{signature}")
+}
+
+/// The same with the RSA key and SHA-256; `PKCS1` for RS256, `PKCS1_PSS` for PS256.
+pub fn signed_by_rsa(padding: Padding, header: &str, payload: &str) -> String {
+    let parts = format!("{header}.{payload}");
+    let key = PKey::from_rsa(keys().rsa.key_pair().as_ref().clone()).unwrap();
+    let mut signer = Signer::new(MessageDigest::sha256(), &key).unwrap();
+    signer.set_rsa_padding(padding).unwrap();
+    signer.update(parts.as_bytes()).unwrap();
+    format!("{parts}.{}", encode(signer.sign_to_vec().unwrap()))
+}
+
+/// A published key as JSON, changed; null takes a member away.
+pub fn jwk(key: &str, changes: Value) -> Value {
+    changed(serde_json::from_str(key).unwrap(), changes)
+}
+
+fn changed(mut object: Value, changes: Value) -> Value {
+    for (name, value) in changes.as_object().unwrap() {
+        match value {
+            Value::Null => drop(object.as_object_mut().unwrap().remove(name)),
+            value => object[name] = value.clone(),
+        }
+    }
+    object
+}
+
 /// A running issuer; dropped, it stops.
 pub struct Issuer {
     server: Arc<tiny_http::Server>,
     answers: Arc<Mutex<HashMap<String, (u16, String)>>>,
+    delays: Arc<Mutex<HashMap<String, std::time::Duration>>>,
     requests: Arc<Mutex<Vec<String>>>,
 }
 
@@ -58,8 +112,8 @@ impl Issuer {
 
     pub fn on(address: &str) -> Issuer {
         let server = Arc::new(tiny_http::Server::http(address).unwrap());
-        let issuer = Issuer { server, answers: Arc::default(), requests: Arc::default() };
-        let (server, answers) = (issuer.server.clone(), issuer.answers.clone());
+        let issuer = Issuer { server, answers: Arc::default(), delays: Arc::default(), requests: Arc::default() };
+        let (server, answers, delays) = (issuer.server.clone(), issuer.answers.clone(), issuer.delays.clone());
         let (requests, url) = (issuer.requests.clone(), issuer.url());
         std::thread::spawn(move || {
             for request in server.incoming_requests() {
@@ -71,7 +125,11 @@ impl Issuer {
                 if status / 100 == 3 {
                     response.add_header(format!("Location: {body}").parse::<tiny_http::Header>().unwrap());
                 }
-                let _ = request.respond(response);
+                let delay = delays.lock().unwrap().get(&path).copied().unwrap_or_default();
+                std::thread::spawn(move || {
+                    std::thread::sleep(delay);
+                    let _ = request.respond(response);
+                });
             }
         });
         issuer
@@ -86,6 +144,11 @@ impl Issuer {
         self.answers.lock().unwrap().insert(path.into(), (status, body.into()));
     }
 
+    /// From now on, how long a path's answers take.
+    pub fn slow(&self, path: &str, delay: std::time::Duration) {
+        self.delays.lock().unwrap().insert(path.into(), delay);
+    }
+
     /// The paths and queries of all requests so far.
     pub fn requests(&self) -> Vec<String> {
         self.requests.lock().unwrap().clone()
@@ -93,14 +156,7 @@ impl Issuer {
 
     /// The claims of a good token, changed as `changes` says; null takes a claim away.
     pub fn claims(&self, changes: Value) -> Value {
-        let mut claims = claims(&self.url(), AUDIENCE);
-        for (name, value) in changes.as_object().unwrap() {
-            match value {
-                Value::Null => drop(claims.as_object_mut().unwrap().remove(name)),
-                value => claims[name] = value.clone(),
-            }
-        }
-        claims
+        changed(claims(&self.url(), AUDIENCE), changes)
     }
 
     /// A good token.
@@ -139,12 +195,7 @@ fn respond(url: &str, path: &str, request: &tiny_http::Request) -> (u16, String)
         "/.well-known/openid-configuration" => {
             json!({"issuer": url, "jwks_uri": format!("{url}/jwks")})
         }
-        "/jwks" => {
-            let keys = keys();
-            let keys =
-                [keys.rsa.public_key().to_jwk(), keys.p256.public_key().to_jwk(), keys.ed25519.public_key().to_jwk()];
-            json!({"keys": keys.map(|key| serde_json::from_str::<Value>(&key).unwrap())})
-        }
+        "/jwks" => json!({"keys": published()}),
         "/token" => {
             let bearer = format!("Bearer {REQUEST_TOKEN}");
             let allowed =

@@ -78,6 +78,8 @@ impl Drop for Dir {
 /// The binary under test, with an environment that holds nothing of ours.
 pub fn binary() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nix-relay"));
+    // A Nix shell has it name a file that is not there.
+    command.env_remove("SSL_CERT_FILE");
     for (name, _) in env::vars_os() {
         if name.to_string_lossy().starts_with("NIX_RELAY_") {
             command.env_remove(name);
@@ -107,6 +109,12 @@ impl Log {
 
     pub fn text(&self) -> String {
         self.0.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The same, and forgets it: a long run would fill memory.
+    #[allow(dead_code, reason = "only a long run does")]
+    pub fn take(&self) -> String {
+        std::mem::take(&mut self.0.0.lock().unwrap())
     }
 
     /// The first line that contains `part`, as soon as there is one.
@@ -163,6 +171,12 @@ impl Setup {
         self.set("DAEMON_PATH", path.to_str().unwrap())
     }
 
+    /// A configuration file, which variables override.
+    pub fn config(self, text: &str) -> Setup {
+        let path = self.dir.write("config.toml", text);
+        self.env("NIX_RELAY_CONFIG", path.to_str().unwrap())
+    }
+
     /// Shell commands that the relay's process runs before it becomes the relay.
     pub fn under(mut self, commands: &str) -> Setup {
         let mut shell = Command::new("bash");
@@ -192,19 +206,18 @@ impl Relay {
     }
 
     pub fn tcp(&self) -> TcpStream {
-        let stream = TcpStream::connect(self.address).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        stream.set_write_timeout(Some(LIMIT)).unwrap();
-        stream
+        tcp(self.address)
     }
 
     /// Sends bytes, and reads all that comes until the relay ends the connection.
     pub fn exchange(&self, request: &[u8]) -> String {
-        let mut stream = self.tcp();
-        stream.write_all(request).unwrap();
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).unwrap();
-        String::from_utf8(answer).unwrap()
+        exchange(self.address, request)
+    }
+
+    /// Where its admin listener is.
+    pub fn admin(&self) -> SocketAddr {
+        let line = self.log.wait("admin listening address=");
+        line.split_once("address=").unwrap().1.parse().unwrap()
     }
 
     /// The answer to an upgrade with these header lines (each with its `\r\n`).
@@ -263,12 +276,15 @@ impl Relay {
     /// What it has before its first client, to compare with in `back_to`.
     pub fn at_rest(&self) -> (usize, usize) {
         self.log.wait("fetched keys");
-        eventually("its last thread is there", LIMIT, || {
-            let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-            let mut names = tasks.flatten().map(|task| fs::read_to_string(task.path().join("comm")));
-            names.any(|name| name.is_ok_and(|name| name == "signals\n"))
-        });
+        eventually("its last thread is there", LIMIT, || self.has_thread("signals"));
         self.resources()
+    }
+
+    /// Whether one of its threads has this name.
+    pub fn has_thread(&self, name: &str) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let mut names = tasks.flatten().map(|task| fs::read_to_string(task.path().join("comm")));
+        names.any(|found| found.is_ok_and(|found| found.trim() == name))
     }
 
     /// Waits until no child is left, nor a thread or a descriptor more than `before`.
@@ -298,6 +314,23 @@ impl Drop for Relay {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A connection with limits on every wait.
+pub fn tcp(address: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_write_timeout(Some(LIMIT)).unwrap();
+    stream
+}
+
+/// Sends bytes, and reads all that comes until the other side ends the connection.
+pub fn exchange(address: SocketAddr, request: &[u8]) -> String {
+    let mut stream = tcp(address);
+    stream.write_all(request).unwrap();
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).unwrap();
+    String::from_utf8(answer).unwrap()
 }
 
 pub fn upgrade_request(headers: &str) -> String {

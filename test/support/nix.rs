@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::process::Output;
 
 /// Nothing of it depends on the machine: builders use /bin/sh, and nobody substitutes.
-const CONFIG: &str = "sandbox = false\nbuild-users-group =\nsubstituters =\n\
+pub const CONFIG: &str = "sandbox = false\nbuild-users-group =\nsubstituters =\n\
                       extra-experimental-features = nix-command flakes\n";
 
 /// A command in the environment of a job: no variable but PATH and HOME.
@@ -46,8 +46,8 @@ impl Farm {
         let mut first = job(&own_store, &remote);
         let init = first.arg(remote.path("nix")).args(["nix-store", "--init"]);
         assert!(init.env("NIX_CONFIG", CONFIG).status().unwrap().success());
-        let daemon = format!("exec {own_store} {} nix-daemon \"$@\"", remote.path("nix").display());
-        let setup = Setup::new(&issuer).daemon(&daemon);
+        let in_remote = format!("{own_store} {}", remote.path("nix").display());
+        let setup = Setup::new(&issuer).daemon("exec $IN_REMOTE nix-daemon \"$@\"").env("IN_REMOTE", &in_remote);
         let setup = setup.env("NIX_CONFIG", CONFIG).env("HOME", remote.path("").to_str().unwrap());
         Farm { relay: change(setup).start(), issuer, remote }
     }
@@ -59,6 +59,13 @@ impl Farm {
     /// One that reaches the relay at another address.
     pub fn runner_for(&self, address: SocketAddr) -> Runner {
         Runner { url: format!("ws://{address}"), token: token_variables(&self.issuer), local: Dir::new() }
+    }
+
+    /// A program for which the remote store is its own.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = job(project("test/support/own-store"), &self.remote);
+        command.arg(self.remote.path("nix")).arg(program).env("NIX_CONFIG", CONFIG);
+        command
     }
 
     /// Where a store path is among the files of the remote store.
@@ -75,6 +82,11 @@ pub struct Runner {
 }
 
 impl Runner {
+    /// One that is not given a relay.
+    pub fn alone() -> Runner {
+        Runner { url: String::new(), token: Default::default(), local: Dir::new() }
+    }
+
     pub fn nix(&self, arguments: &[&str]) -> Command {
         let mut command = job(project("test/support/own-store"), &self.local);
         command.arg(self.local.path("nix")).arg("nix").args(arguments);
@@ -129,7 +141,7 @@ pub fn derivation(name: &str, script: &str) -> String {
 }
 
 fn in_store(dir: &Dir, store_path: &str) -> PathBuf {
-    dir.path(store_path.trim().strip_prefix('/').unwrap())
+    dir.path("nix").join(store_path.trim().strip_prefix("/var/lib/nix-relay-test/").unwrap())
 }
 
 /// Standard output and standard error.

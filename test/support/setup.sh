@@ -6,13 +6,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # need PROGRAM=PACKAGE…: on Debian installs the packages of programs that are missing; elsewhere names them.
 need() {
   local pair sudo='' programs=() packages=()
+  PATH=$PWD/target/tools/bin:$PATH
   command -v cargo >/dev/null || { echo "cargo is missing: install a Rust toolchain first" >&2; exit 1; }
   for pair; do
     type -P "${pair%=*}" >/dev/null && continue
     programs+=("${pair%=*}") packages+=("${pair#*=}")
   done
   # websocat links OpenSSL.
-  if ! [[ -x target/tools/bin/websocat || -e /usr/include/openssl/ssl.h ]]; then
+  if ! [[ $(type -P websocat) || -e /usr/include/openssl/ssl.h ]]; then
     programs+=(OpenSSL) packages+=(libssl-dev)
   fi
   if ((${#packages[@]})); then
@@ -20,15 +21,16 @@ need() {
     ((UID == 0)) || sudo=sudo
     echo "installing with apt-get: ${packages[*]}"
     $sudo apt-get update -qq
-    $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
+    # No package is to start the service that it brings.
+    $sudo env DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 \
+      apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
   fi
-  if ! [[ -x target/tools/bin/websocat ]]; then
+  if ! type -P websocat >/dev/null; then
     echo "installing with cargo, in target/tools: websocat"
     cargo install --quiet --locked --root target/tools websocat@1.14.1
   fi
-  PATH=$PWD/target/tools/bin:$PATH
-  # Nix makes it at its first use, but the tests mount stores of their own there.
-  [[ -d /nix ]] || ${sudo:-} mkdir /nix
+  # Where own-store mounts stores, which it could not make without root.
+  [[ -d /var/lib/nix-relay-test ]] || { ((UID == 0)) || sudo=sudo; $sudo mkdir /var/lib/nix-relay-test; }
 }
 
 # Everything that runs a real nix through client.sh.

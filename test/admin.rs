@@ -1,0 +1,187 @@
+//! The admin listener: health and metrics, and what it must not do to sessions.
+
+use crate::support::*;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
+use std::process::{Command, Stdio};
+
+fn setup(issuer: &Issuer) -> Setup {
+    Setup::new(issuer).set("ADMIN_LISTEN", "127.0.0.1:0")
+}
+
+fn get(address: SocketAddr, path: &str) -> String {
+    exchange(address, format!("GET {path} HTTP/1.1\r\nHost: relay\r\n\r\n").as_bytes())
+}
+
+/// Each series with its value, without the `nix_relay_` that all begin with.
+fn metrics(relay: &Relay) -> BTreeMap<String, f64> {
+    let answer = get(relay.admin(), "/metrics");
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("\r\nContent-Type: text/plain; "), "{head}");
+    let series = body.lines().filter(|line| !line.starts_with('#')).map(|line| {
+        let (name, value) = line.rsplit_once(' ').unwrap();
+        (name.strip_prefix("nix_relay_").unwrap().to_owned(), value.parse().unwrap())
+    });
+    series.collect()
+}
+
+/// What promtool has to say of a text, beyond that it is well.
+fn promtool(what: &[&str], text: &str) -> String {
+    let mut command = Command::new("promtool");
+    let piped = command.args(["check"]).args(what).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = piped.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}\n{text}");
+    said
+}
+
+#[test]
+fn off_by_default() {
+    let issuer = Issuer::start();
+    let mut relay = Relay::start(&issuer);
+    assert!(get(relay.address, "/metrics").starts_with("HTTP/1.1 404 "));
+    assert!(!relay.stop().contains("admin listening"));
+}
+
+#[test]
+fn requests() {
+    let issuer = Issuer::start();
+    let relay = setup(&issuer).start();
+    for (request, status, part) in [
+        ("GET /healthz", "200", "ok\n"),
+        ("GET /metrics", "200", "\nnix_relay_build_info{version=\""),
+        ("GET /relay", "404", ""),
+        ("GET /", "404", ""),
+        ("POST /metrics", "405", "\r\nAllow: GET, HEAD\r\n"),
+        ("DELETE /healthz", "405", "\r\nAllow: GET, HEAD\r\n"),
+    ] {
+        let answer = exchange(relay.admin(), format!("{request} HTTP/1.1\r\nHost: relay\r\n\r\n").as_bytes());
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.contains(part), "{request}: {answer}");
+    }
+    let head = exchange(relay.admin(), b"HEAD /metrics HTTP/1.1\r\nHost: relay\r\n\r\n");
+    assert!(head.starts_with("HTTP/1.1 200 ") && head.ends_with("\r\n\r\n"), "{head}");
+    // A token opens nothing here.
+    assert!(open(tcp(relay.admin()), &issuer.token()).err().unwrap().starts_with("HTTP/1.1 404 "));
+}
+
+#[test]
+fn counters_agree_with_what_was_done() {
+    let issuer = Issuer::start();
+    let relay = setup(&issuer).daemon("head -c 1000; exit 3").start();
+    relay.log.wait("fetched keys");
+    // Where there was no zero, an alert does not see the first event.
+    for status in ["400", "401", "403", "404", "405", "408", "426", "431", "502", "503"] {
+        assert_eq!(metrics(&relay)[&format!("refusals_total{{status=\"{status}\"}}")], 0.0);
+    }
+    let mut active = relay.connect(&issuer.token());
+    active.send(vec![0; 600]);
+    eventually("its bytes are counted", LIMIT, || metrics(&relay)["bytes_total{direction=\"in\"}"] == 600.0);
+    assert_eq!(metrics(&relay)["sessions_active"], 1.0);
+    active.send(vec![0; 400]);
+    let (output, code, _) = active.until_close();
+    assert_eq!((output.len(), code), (1000, 1011));
+    let mut leaving = relay.connect(&issuer.token());
+    leaving.send("bye");
+    leaving.close();
+    relay.log.wait(" reason=client-closed ");
+    for _ in 0..2 {
+        relay.refused(upgrade_request("").as_bytes());
+    }
+    relay.refused(b"GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n");
+    let stranger = issuer.token_with(json!({"repository_owner": "stranger"}));
+    relay.refused(upgrade_request(&format!("Authorization: Bearer {stranger}\r\n")).as_bytes());
+    eventually("both have ended", LIMIT, || metrics(&relay)["sessions_active"] == 0.0);
+    let metrics = metrics(&relay);
+    for (name, value) in [
+        (concat!("build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), 1.0),
+        ("bytes_total{direction=\"in\"}", 1003.0),
+        ("jwks_refreshes_total{result=\"ok\"}", 1.0),
+        ("refusals_total{status=\"401\"}", 2.0),
+        ("refusals_total{status=\"403\"}", 1.0),
+        ("refusals_total{status=\"404\"}", 1.0),
+        ("session_seconds_bucket{le=\"+Inf\"}", 2.0),
+        ("session_seconds_count", 2.0),
+        ("sessions_total{result=\"client-closed\"}", 1.0),
+        ("sessions_total{result=\"daemon-exited\"}", 1.0),
+    ] {
+        assert_eq!(metrics.get(name), Some(&value), "{name} in {metrics:#?}");
+    }
+    // Whether the daemon still got to say something to the second is for the two of them.
+    assert!([1000.0, 1003.0].contains(&metrics["bytes_total{direction=\"out\"}"]), "{metrics:#?}");
+    let secs = metrics["session_seconds_sum"];
+    assert!(secs > 0.0 && secs < LIMIT.as_secs_f64(), "{secs}");
+    let mut last = 0.0;
+    for bucket in ["1", "10", "100", "1000", "10000", "+Inf"] {
+        let sessions = metrics[&format!("session_seconds_bucket{{le=\"{bucket}\"}}")];
+        assert!(sessions >= last, "{metrics:#?}");
+        last = sessions;
+    }
+}
+
+#[test]
+fn prometheus_can_read_them() {
+    let issuer = Issuer::start();
+    let relay = setup(&issuer).start();
+    relay.connect(&issuer.token()).close();
+    relay.log.wait("session ended ");
+    relay.refused(upgrade_request("").as_bytes());
+    let answer = get(relay.admin(), "/metrics");
+    let text = answer.split_once("\r\n\r\n").unwrap().1;
+    assert_eq!(promtool(&["metrics"], text), "");
+    for name in ["sessions_active", "sessions_total", "refusals_total", "bytes_total", "session_seconds", "build_info"]
+    {
+        assert!(text.contains(&format!("\n# TYPE nix_relay_{name} ")), "no {name}: {text}");
+    }
+}
+
+/// The rules of the README, over metrics that there are.
+#[test]
+fn alert_rules() {
+    let readme = std::fs::read_to_string(project("README.md")).unwrap();
+    let rules = readme.split("```yaml\n").find(|text| text.starts_with("groups:")).expect("no rules in the README");
+    let rules = rules.split("```").next().unwrap();
+    let dir = Dir::new();
+    let file = dir.write("rules.yml", rules);
+    let said = promtool(&["rules", file.to_str().unwrap()], "");
+    assert!(said.contains("SUCCESS: 5 rules found"), "{said}");
+    let issuer = Issuer::start();
+    let relay = setup(&issuer).start();
+    let known = get(relay.admin(), "/metrics");
+    for name in rules.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').filter(|n| n.starts_with("nix_relay_")) {
+        assert!(known.contains(&format!("# TYPE {} ", name.trim_end_matches("_bucket"))), "no metric {name}");
+    }
+}
+
+#[test]
+fn silent_clients_change_nothing_for_sessions() {
+    let issuer = Issuer::start();
+    let mut relay = setup(&issuer).set("HANDSHAKE_TIMEOUT_SECS", "600").start();
+    let before = relay.at_rest();
+    let mut client = relay.connect(&issuer.token());
+    let silent: Vec<TcpStream> = (0..1000).map(|_| tcp(relay.admin())).collect();
+    client.send("still there");
+    assert_eq!(client.receive(), b"still there");
+    relay.connect(&issuer.token()).close();
+    assert!(get(relay.admin(), "/healthz").ends_with("\r\n\r\nok\n"));
+    client.close();
+    drop(silent);
+    relay.back_to(before);
+    relay.stop();
+}
+
+#[test]
+fn draining() {
+    let issuer = Issuer::start();
+    let mut relay = setup(&issuer).start();
+    let client = relay.connect(&issuer.token());
+    relay.signal("TERM");
+    relay.log.wait("shutting down");
+    let answer = get(relay.admin(), "/healthz");
+    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\ndraining\n"), "{answer}");
+    assert!(get(relay.admin(), "/metrics").contains("\nnix_relay_sessions_active 1\n"));
+    drop(client);
+    assert_eq!(relay.wait().code(), Some(0));
+}
