@@ -1,0 +1,49 @@
+//! Fuzzes a configuration file.
+#![no_main]
+#![allow(dead_code, private_interfaces, reason = "a target uses a part of main.rs")]
+
+include!(concat!(env!("OUT_DIR"), "/main.rs"));
+
+mod target {
+    use super::config;
+    use libfuzzer_sys::fuzz_target;
+    use std::path::PathBuf;
+    use std::sync::LazyLock;
+
+    static FILE: LazyLock<PathBuf> =
+        LazyLock::new(|| std::env::temp_dir().join(format!("nix-relay-fuzz-{}", std::process::id())));
+
+    /// What the configuration is when the file holds this.
+    fn load(text: impl AsRef<[u8]>) -> Result<String, String> {
+        std::fs::write(&*FILE, text).unwrap();
+        config::load(Some(&FILE)).map(|(_, effective)| effective)
+    }
+
+    fuzz_target!(|text: &[u8]| {
+        match load(text) {
+            Ok(effective) => {
+                let table: toml::Table = effective.parse().unwrap();
+                // What the file says is in effect, and nothing but defaults besides.
+                let said: toml::Table = std::str::from_utf8(text).unwrap().parse().unwrap();
+                for (name, keys) in said {
+                    for (key, value) in keys.as_table().unwrap() {
+                        assert_eq!(format!("{:?}", table[&name][key]), format!("{value:?}"));
+                    }
+                }
+                assert_eq!(load(&effective), Ok(effective));
+            }
+            Err(why) => {
+                // Up to its first colon it says where, and there is such a place.
+                let lines = text.iter().filter(|&&byte| byte == b'\n').count() + 1;
+                let place = why.strip_prefix(FILE.to_str().unwrap()).and_then(|why| why.strip_prefix(':'));
+                let line = place.and_then(|place| place.split_once(':')?.0.parse::<usize>().ok());
+                match line {
+                    Some(line) => assert!((1..=lines).contains(&line), "{why}"),
+                    None => {
+                        assert!(why.starts_with("nobody could connect") || std::str::from_utf8(text).is_err(), "{why}")
+                    }
+                }
+            }
+        }
+    });
+}
