@@ -10,6 +10,7 @@ mod handshakes;
 mod http;
 mod keys;
 mod nix;
+mod nixos;
 mod peers;
 mod rules;
 mod scarcity;

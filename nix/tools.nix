@@ -1,0 +1,22 @@
+# The programs that the commands in test/ need.
+pkgs: [
+  pkgs.caddy
+  pkgs.cargo
+  pkgs.clippy
+  pkgs.curl
+  pkgs.haproxy
+  pkgs.iproute2
+  pkgs.jq
+  pkgs.nginx
+  pkgs.nix
+  pkgs.openssl
+  pkgs.pkg-config
+  pkgs.prometheus.cli # promtool
+  pkgs.rustc
+  pkgs.rustfmt
+  pkgs.shellcheck
+  pkgs.stdenv.cc
+  pkgs.systemd
+  pkgs.util-linux
+  pkgs.websocat
+]
