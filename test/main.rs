@@ -3,6 +3,7 @@
 mod admin;
 mod audit;
 mod children;
+mod chroot;
 mod client;
 mod config;
 mod frames;
