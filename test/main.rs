@@ -2,6 +2,7 @@
 
 mod admin;
 mod audit;
+mod builders;
 mod children;
 mod chroot;
 mod client;
@@ -13,10 +14,12 @@ mod keys;
 mod nix;
 mod nixos;
 mod peers;
+mod proxies;
 mod rules;
 mod scarcity;
 mod sessions;
 mod shutdown;
 mod support;
 mod tokens;
+mod trouble;
 mod trust;
