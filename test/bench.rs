@@ -241,30 +241,36 @@ fn memory(id: u32) -> f64 {
 }
 
 /// What is measured without nix: the relay, or websocat.
-struct Subject<'a> {
+struct Subject {
     address: SocketAddr,
     id: u32,
-    issuer: &'a Issuer,
+    token: String,
 }
 
-impl Subject<'_> {
+impl Subject {
     fn connect(&self) -> Client {
         let stream = TcpStream::connect(self.address).unwrap();
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(LIMIT)).unwrap();
-        open(stream, &self.issuer.token()).unwrap()
+        open(stream, &self.token).unwrap()
     }
 
-    /// In frames of 64 KiB, made before the clock runs; until the daemon has them all.
-    fn up(&self, bytes: usize) -> (f64, f64) {
+    /// From as many clients at once, until the daemons have it all.
+    fn up(&self, clients: &mut [Client], bytes_each: usize) -> (f64, f64) {
+        // Frames of 64 KiB, made before the clock runs.
         let header = [&[0x82, 0xFF][..], &(64_u64 << 10).to_be_bytes(), &[1, 2, 3, 4]].concat();
         let burst = [header, vec![b'x'; 64 << 10]].concat().repeat(16);
-        let mut client = self.connect();
         let (start, before) = (Instant::now(), cpu(self.id));
-        for _ in 0..bytes >> 20 {
-            client.0.get_mut().write_all(&burst).unwrap();
-        }
-        assert_eq!(client.receive(), b".");
+        thread::scope(|scope| {
+            for client in clients {
+                scope.spawn(|| {
+                    for _ in 0..bytes_each >> 20 {
+                        client.0.get_mut().write_all(&burst).unwrap();
+                    }
+                    assert_eq!(client.receive(), b".");
+                });
+            }
+        });
         (start.elapsed().as_secs_f64(), cpu(self.id) - before)
     }
 
@@ -306,8 +312,8 @@ fn raw(issuer: &Issuer, runs: usize, bytes: usize) {
         daemons.each_ref().map(|daemon| Setup::new(issuer).daemon(daemon).set("MAX_CONNECTIONS", "600").start());
     let servers = daemons.each_ref().map(|daemon| websocat(daemon));
     let all: [[Subject; 4]; 2] = [
-        array::from_fn(|n| Subject { address: relays[n].address, id: relays[n].child.id(), issuer }),
-        array::from_fn(|n| Subject { address: servers[n].1, id: servers[n].0.0.id(), issuer }),
+        array::from_fn(|n| Subject { address: relays[n].address, id: relays[n].child.id(), token: issuer.token() }),
+        array::from_fn(|n| Subject { address: servers[n].1, id: servers[n].0.0.id(), token: issuer.token() }),
     ];
     const ROWS: [&str; 10] = [
         "up, GiB/s",
@@ -337,7 +343,7 @@ fn raw(issuer: &Issuer, runs: usize, bytes: usize) {
                 }
                 note(9, (memory(cat.id) - before) / 64.0);
             }
-            let (secs, cpu) = sink.up(bytes);
+            let (secs, cpu) = sink.up(&mut [sink.connect()], bytes);
             note(0, gib / secs);
             note(1, cpu / gib);
             let (secs, cpu) = source.down();
@@ -356,7 +362,7 @@ fn raw(issuer: &Issuer, runs: usize, bytes: usize) {
     }
     println!("\n| | {} | {} |\n| --- | --- | --- |", COLUMNS[1], COLUMNS[3]);
     for (number, (name, row)) in ROWS.iter().zip(&rows).enumerate() {
-        let digits = if number < 4 { 2 } else { 0 };
+        let digits = if number < 4 { 2 } else { usize::from(number == 7) };
         println!("| {name} | {} | {} |", spread(&row[0], digits), spread(&row[1], digits));
     }
 }
@@ -369,15 +375,9 @@ fn growth(issuer: &Issuer, bytes: usize) {
         let each = bytes / sessions;
         let setup = Setup::new(issuer).daemon(&format!("exec {own} sink {each}")).set("MAX_CONNECTIONS", "600");
         let relay = setup.under("ulimit -n 65536").start();
-        let subject = Subject { address: relay.address, id: relay.child.id(), issuer };
-        let (start, before) = (Instant::now(), cpu(subject.id));
-        thread::scope(|scope| {
-            for _ in 0..sessions {
-                scope.spawn(|| subject.up(each));
-            }
-        });
-        let (secs, cpu, gib) =
-            (start.elapsed().as_secs_f64(), cpu(subject.id) - before, bytes as f64 / (1 << 30) as f64);
+        let subject = Subject { address: relay.address, id: relay.child.id(), token: issuer.token() };
+        let mut clients: Vec<Client> = (0..sessions).map(|_| subject.connect()).collect();
+        let ((secs, cpu), gib) = (subject.up(&mut clients, each), bytes as f64 / (1 << 30) as f64);
         println!("| {sessions} | {:.2} | {:.2} | {} |", gib / secs, cpu / gib, relay.peak_memory());
     }
 }
