@@ -96,5 +96,9 @@ explain() {
 
 # Two lines of websocat's log, which have the filter's "es" in common; more would show the token.
 export RUST_LOG='websocat::ws_peer=debug,websocat::ws_client_peer=info/es'
-# Its asynchronous stdio, the default, now and then keeps the end of a large answer to itself.
-WEBSOCAT_BASIC_AUTH=oidc:$token exec websocat --binary --exit-on-eof --no-async-stdio "$url" 2> >(explain)
+# Its own standard input and output would be slow (threads, 8 KiB at a time) or lose the end of an answer (without: a
+# buffer that is not flushed again after it met a full pipe). So two cats stand between, of which none may hold open
+# what another waits to see the end of. A frame can be left half sent, too, until the next one: a ping mends that.
+cats='unset WEBSOCAT_BASIC_AUTH; cat <&3 4>&- 2>/dev/null & exec cat >&4 3<&- 2>/dev/null'
+exec 3<&0 4>&1 2> >(explain)
+WEBSOCAT_BASIC_AUTH=oidc:$token exec websocat --binary --exit-on-eof --ping-interval 1 "$url" "sh-c:$cats"

@@ -5,6 +5,7 @@ use rustix::net::{self, AddressFamily, SocketType, sockopt};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, SocketAddrV4, TcpListener};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Each runs in a directory of its own, from a file `conf`.
@@ -150,8 +151,12 @@ impl Running {
     }
 
     fn session(&self, token: &str) -> Session {
+        self.session_of(&project("client.sh"), token)
+    }
+
+    fn session_of(&self, client: &Path, token: &str) -> Session {
         let home = Dir::new();
-        let mut command = job(project("client.sh"), &home);
+        let mut command = job(client, &home);
         command.envs(self.variables()).env("NIX_RELAY_TOKEN", token);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take().unwrap());
@@ -275,19 +280,22 @@ fn heads(program: &'static Program) {
     assert!(proxy.session(&issuer.token()).works());
 }
 
-/// Two sessions that nobody uses, and a time-out of a second or two: where the relay does not ping, it ends.
+/// Sessions that nobody uses, and a time-out of two seconds: where neither the client nor the relay pings, it ends.
 fn pings_keep_an_idle_session(program: &'static Program) {
-    let issuer = Issuer::start();
+    let (issuer, dir) = (Issuer::start(), Dir::new());
+    let script = fs::read_to_string(project("client.sh")).unwrap().replace(" --ping-interval 1", "");
+    let quiet = dir.script("client", &format!("exec bash {}", dir.write("client.sh", &script).display()));
     let shorter = |text: String| {
         let shorter = text.replace("proxy_read_timeout 2m", "proxy_read_timeout 2s");
         shorter.replace("timeout tunnel 1h", "timeout tunnel 2s")
     };
     let relays = ["1", "0"].map(|secs| Setup::new(&issuer).set("KEEPALIVE_SECS", secs).start());
     let proxies = relays.each_ref().map(|relay| Running::start_with(program, &[relay.address], shorter));
-    let [mut pinged, mut silent] = proxies.each_ref().map(|proxy| proxy.session(&issuer.token()));
-    assert!(pinged.works() && silent.works());
+    let [mut pinged, mut silent] = proxies.each_ref().map(|proxy| proxy.session_of(&quiet, &issuer.token()));
+    let mut pinging = proxies[1].session(&issuer.token());
+    assert!(pinged.works() && pinging.works() && silent.works());
     eventually("the silent one ends", LIMIT, || silent.child.try_wait().unwrap().is_some());
-    assert!(pinged.works());
+    assert!(pinged.works() && pinging.works());
 }
 
 /// Though from then on there is another relay in the configuration.
