@@ -657,26 +657,28 @@ mod poll {
 mod session {
     use super::{admin, config::Config, http, poll, secs, shown};
     use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-    use std::io::{self, ErrorKind, IoSlice, Read, Write};
+    use rustix::{event::PollFlags, io::ioctl_fionread, net::SendFlags, net::send, pipe::SpliceFlags, pipe::splice};
+    use std::io::{self, ErrorKind, Read, Write};
     use std::os::{fd::AsFd, fd::BorrowedFd, fd::OwnedFd, unix::process::CommandExt, unix::process::ExitStatusExt};
-    use std::process::{Child, Command, Stdio};
+    use std::process::{Child, ChildStdout, Command, Stdio};
     use std::{env, iter, net::TcpStream, sync::Arc, time::Duration, time::Instant};
     use tungstenite::protocol::frame::{FrameHeader, coding::Control, coding::Data, coding::OpCode};
     use tungstenite::protocol::{Role, WebSocketConfig};
     use tungstenite::{Bytes, Error, Message, WebSocket, error::ProtocolError};
-    use {log::info, log::warn, rustix::event::PollFlags};
+    use {log::info, log::warn};
 
-    /// With more in a pipe, a frame or a read, which tungstenite clears memory for, bytes leave the cache between steps.
-    const PIPE_BYTES: usize = 256 << 10;
-    const CHUNK_BYTES: usize = 128 << 10;
+    /// For the larger pipes of all sessions. An unprivileged user whose pipes hold more than 64 MiB is given tiny ones
+    /// from then on (pipe(7)), and an output pipe is a quarter of an input pipe, which gains less from more.
+    const PIPES_BYTES: u32 = 40 << 20;
+    /// With more in a read, which tungstenite clears memory for, bytes leave the cache between steps.
     const READ_BYTES: usize = 64 << 10;
     const MAX_MESSAGE_BYTES: usize = 16 << 20;
     /// Of the child's standard error, in the log.
     const MAX_LINE_BYTES: usize = 4 << 10;
     /// RFC 6455, section 5.5: a control frame holds 125 bytes, and the code of a Close is two.
     const MAX_REASON_BYTES: usize = 123;
-    /// With more than this unsent, a pong is dropped: the last one does (RFC 6455, section 5.5.3).
-    const MAX_UNSENT_BYTES: usize = CHUNK_BYTES + 4096;
+    /// With more of them unsent, of further pongs the last one does (RFC 6455, section 5.5.3).
+    const MAX_PONG_BYTES: usize = 4 << 10;
     /// Intervals without a sign of life after which a client counts as gone.
     const KEEPALIVES: u32 = 3;
     /// The client has so long to take a Close, and again to end the connection after it.
@@ -700,8 +702,8 @@ mod session {
 
     impl Daemon {
         /// Fails if the program cannot be run, with why.
-        pub fn spawn(program: &str, arguments: &[String]) -> io::Result<Daemon> {
-            let mut command = Command::new(program);
+        pub fn spawn(config: &Config, arguments: &[String]) -> io::Result<Daemon> {
+            let mut command = Command::new(&config.nix_daemon_path);
             command.args(arguments).current_dir("/").process_group(0).env_remove("NOTIFY_SOCKET");
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
             let ours = |name: &str| name.starts_with("NIX_RELAY_") || name.starts_with("ACTIONS_");
@@ -713,9 +715,10 @@ mod session {
             daemon.exit = Some(pidfd_open(Pid::from_child(&daemon.child), PidfdFlags::empty())?);
             if let (Some(stdin), Some(stdout)) = (&daemon.child.stdin, &daemon.child.stdout) {
                 rustix::io::ioctl_fionbio(stdin, true)?;
+                let size = 1 << (PIPES_BYTES / config.max_connections).max(1).ilog2().clamp(18, 20);
                 // May be refused to an unprivileged user; then smaller pipes do.
-                let _ = rustix::pipe::fcntl_setpipe_size(stdin, PIPE_BYTES);
-                let _ = rustix::pipe::fcntl_setpipe_size(stdout, PIPE_BYTES);
+                let _ = rustix::pipe::fcntl_setpipe_size(stdin, size);
+                let _ = rustix::pipe::fcntl_setpipe_size(stdout, size / 4);
             }
             Ok(daemon)
         }
@@ -798,25 +801,44 @@ mod session {
     /// The connection, which never blocks. Where writing fails for good, the next poll says that it is broken.
     struct Wire {
         socket: Arc<TcpStream>,
-        /// What could not be sent yet: whole frames, but for the first, which may be half gone.
+        /// What could not be sent yet, and how much of the child's output belongs to the frame that it ends with: that
+        /// goes from pipe to socket without a copy.
         unsent: Vec<u8>,
+        owed: usize,
     }
 
     impl Wire {
-        fn send(&mut self, opcode: OpCode, payload: &[u8]) {
-            let mut header = Vec::with_capacity(14);
-            let frame = FrameHeader { opcode, ..FrameHeader::default() };
-            let _ = frame.format(payload.len() as u64, &mut header);
-            let parts = [IoSlice::new(&header), IoSlice::new(payload)];
-            let sent = if self.unsent.is_empty() { (&*self.socket).write_vectored(&parts).unwrap_or(0) } else { 0 };
-            self.unsent.extend_from_slice(&header[sent.min(header.len())..]);
-            self.unsent.extend_from_slice(&payload[sent.saturating_sub(header.len())..]);
+        fn is_idle(&self) -> bool {
+            self.unsent.is_empty() && self.owed == 0
         }
 
-        /// For when the socket, which was full, can take more.
-        fn send_more(&mut self) {
-            let sent = (&*self.socket).write(&self.unsent).unwrap_or(0);
-            self.unsent.drain(..sent);
+        /// Begins a frame, of `length` bytes from the child unless it has a payload. The one before must be whole.
+        fn begin(&mut self, opcode: OpCode, payload: &[u8], length: usize) {
+            let frame = FrameHeader { opcode, ..FrameHeader::default() };
+            let _ = frame.format((payload.len() + length) as u64, &mut self.unsent);
+            self.unsent.extend_from_slice(payload);
+            self.owed = length;
+        }
+
+        /// Sends as much as the socket takes at once.
+        fn send(&mut self, stdout: &Option<ChildStdout>) {
+            if !self.unsent.is_empty() {
+                let more = if self.owed > 0 { SendFlags::MORE } else { SendFlags::empty() };
+                self.unsent.drain(..send(&self.socket, &self.unsent, more).unwrap_or(0));
+            }
+            if let (true, 1.., Some(stdout)) = (self.unsent.is_empty(), self.owed, stdout) {
+                self.owed -= splice(stdout, None, &self.socket, None, self.owed, SpliceFlags::empty()).unwrap_or(0);
+            }
+        }
+
+        /// Sends all of it, if the client takes it in time.
+        fn finish(&mut self, stdout: &Option<ChildStdout>, until: Instant) {
+            let mut broken = false;
+            while !self.is_idle() && !broken && Instant::now() < until {
+                let [ready] = poll::ready([Some((self.socket.as_fd(), PollFlags::OUT))], until);
+                broken = ready.intersects(BROKEN);
+                self.send(stdout);
+            }
         }
     }
 
@@ -826,12 +848,14 @@ mod session {
         }
     }
 
-    /// tungstenite answers pings here, with whole frames.
+    /// tungstenite answers pings here, with whole frames, and keeps those that have to wait for the end of another.
     impl Write for Wire {
         fn write(&mut self, frame: &[u8]) -> io::Result<usize> {
-            if self.unsent.len() < MAX_UNSENT_BYTES {
-                self.unsent.extend_from_slice(frame);
+            if !self.is_idle() {
+                return Err(ErrorKind::WouldBlock.into());
             }
+            self.unsent.extend_from_slice(frame);
+            self.send(&None);
             Ok(frame.len())
         }
 
@@ -844,6 +868,7 @@ mod session {
     struct End(&'static str, Option<u16>, String);
 
     const EXITED: &str = "daemon-exited";
+    const BROKEN: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
     const HUNG_UP: ProtocolError = ProtocolError::ResetWithoutClosingHandshake;
 
     fn end(name: &'static str, code: impl Into<Option<u16>>, detail: impl ToString) -> Option<End> {
@@ -859,7 +884,6 @@ mod session {
         daemon: Daemon,
         /// What the client sent and the child has not taken yet.
         input: Bytes,
-        chunk: Vec<u8>,
         keepalive: Duration,
         /// When the client last gave a sign of life.
         alive: Instant,
@@ -883,13 +907,14 @@ mod session {
             rustix::net::sockopt::set_tcp_user_timeout(&socket, limit)?;
             socket.set_nonblocking(true)?;
             let limits = WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(0);
+            let limits = limits.max_write_buffer_size(MAX_PONG_BYTES);
             let limits = limits.max_message_size(Some(MAX_MESSAGE_BYTES)).max_frame_size(Some(MAX_MESSAGE_BYTES));
-            let (wire, buffered) = (Wire { socket, unsent: switching }, !rest.is_empty());
+            let (wire, buffered) = (Wire { socket, unsent: switching, owed: 0 }, !rest.is_empty());
             let client = WebSocket::from_partially_read(wire, rest, Role::Server, Some(limits));
             let (ping, deadline) = (alive + keepalive, alive + timeout);
-            let (input, chunk, bytes_in, bytes_out) = (Bytes::new(), vec![0; CHUNK_BYTES], 0, 0);
+            let (input, bytes_in, bytes_out) = (Bytes::new(), 0, 0);
             Ok(Session {
-                number, client, buffered, daemon, input, chunk, keepalive, alive, ping, deadline, bytes_in, bytes_out,
+                number, client, buffered, daemon, input, keepalive, alive, ping, deadline, bytes_in, bytes_out,
             })
         }
 
@@ -924,7 +949,7 @@ mod session {
         fn turn(&mut self, closing: BorrowedFd<'_>) -> Option<End> {
             let (wire, daemon) = (self.client.get_ref(), &self.daemon);
             // The child waits while the client has not taken this, and the client while the child has input to take.
-            let (full, listening) = (!wire.unsent.is_empty(), self.input.is_empty());
+            let (full, listening) = (!wire.is_idle(), self.input.is_empty());
             let mut wanted = PollFlags::empty();
             wanted.set(PollFlags::IN, listening);
             wanted.set(PollFlags::OUT, full);
@@ -939,10 +964,12 @@ mod session {
             let silence = self.alive + self.keepalive * KEEPALIVES;
             let until = if listening && self.buffered { self.alive } else { self.deadline.min(self.ping).min(silence) };
             let [client, stdin, stdout, stderr, exit, closing] = poll::ready(fds, until);
-            let broken = client.intersects(PollFlags::HUP | PollFlags::ERR);
+            let broken = client.intersects(BROKEN);
 
             if client.contains(PollFlags::OUT) {
-                self.client.get_mut().send_more();
+                self.client.get_mut().send(&self.daemon.child.stdout);
+                // A pong may have waited for that.
+                let _ = self.client.flush();
             }
             if !stdin.is_empty() {
                 self.daemon.feed(&mut self.input);
@@ -951,14 +978,15 @@ mod session {
                 self.daemon.log_stderr(self.number);
             }
             if !stdout.is_empty() {
-                let stdout = self.daemon.child.stdout.as_mut()?;
-                let length = stdout.read(&mut self.chunk).unwrap_or(0);
+                let (stdout, wire) = (&self.daemon.child.stdout, self.client.get_mut());
+                let length = stdout.as_ref().map_or(0, |stdout| ioctl_fionread(stdout).unwrap_or(0));
                 if length == 0 {
                     return end(EXITED, None, "");
                 }
-                self.bytes_out += length as u64;
+                self.bytes_out += length;
                 admin::add("bytes_total{direction=\"out\"}", length as f64);
-                self.client.get_mut().send(OpCode::Data(Data::Binary), &self.chunk[..length]);
+                wire.begin(OpCode::Data(Data::Binary), &[], length as usize);
+                wire.send(stdout);
             } else if !exit.is_empty() {
                 return end(EXITED, None, "");
             }
@@ -973,7 +1001,7 @@ mod session {
             }
             let (now, wire) = (Instant::now(), self.client.get_mut());
             // It takes what is unsent; or it sends, if nothing was; or it may not send, and that is our doing.
-            let sends = client.contains(PollFlags::IN) || !listening || !wire.unsent.is_empty();
+            let sends = client.contains(PollFlags::IN) || !listening || !wire.is_idle();
             if client.contains(PollFlags::OUT) || !full && sends {
                 self.alive = now;
             }
@@ -985,8 +1013,9 @@ mod session {
                 return end("client-gone", None, "it gave no sign of life for three keepalives");
             } else if now >= self.ping {
                 self.ping = now + self.keepalive;
-                if wire.unsent.is_empty() {
-                    wire.send(OpCode::Control(Control::Ping), &[]);
+                if wire.is_idle() {
+                    wire.begin(OpCode::Control(Control::Ping), &[], 0);
+                    wire.send(&None);
                 }
             }
             None
@@ -1018,12 +1047,12 @@ mod session {
             let cut = if code.is_some() { reason.floor_char_boundary(MAX_REASON_BYTES) } else { 0 };
             let code = code.into_iter().flat_map(u16::to_be_bytes);
             let payload: Vec<u8> = code.chain(reason.bytes().take(cut)).collect();
-            let wire = self.client.get_mut();
-            wire.send(OpCode::Control(Control::Close), &payload);
-            // One write takes no longer than that, however slow the client is.
-            let _ = wire.socket.set_nonblocking(false);
-            let _ = wire.socket.set_write_timeout(Some(limit));
-            wire.send_more();
+            let (wire, stdout, until) = (self.client.get_mut(), &self.daemon.child.stdout, Instant::now() + limit);
+            wire.finish(stdout, until);
+            if wire.is_idle() {
+                wire.begin(OpCode::Control(Control::Close), &payload, 0);
+                wire.finish(stdout, until);
+            }
             let _ = http::linger(&wire.socket, limit);
         }
     }
@@ -1346,7 +1375,7 @@ fn admit(relay: &Arc<Relay>, socket: &Arc<TcpStream>, peer: &str, head: Head, ad
     let _permit = Held(relay.clone(), |gate| gate.permits += 1);
     let program = &relay.config.nix_daemon_path;
     let failed = Answer::new(502, &[], "nix-daemon does not start; the relay's log has the cause");
-    let daemon = Daemon::spawn(program, arguments).map_err(|e| failed.because(format!("{program}: {e}")))?;
+    let daemon = Daemon::spawn(&relay.config, arguments).map_err(|e| failed.because(format!("{program}: {e}")))?;
     let session = Session::new(number, &relay.config, socket.clone(), (switching, head.rest), daemon).map_err(busy)?;
     info!("session opened session={number} peer={peer} {identity}");
     session.run(relay.closing.as_fd());

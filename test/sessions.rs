@@ -4,6 +4,7 @@ use crate::support::*;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::thread;
+use tungstenite::Message;
 use tungstenite::protocol::{Role, WebSocket};
 
 const BINARY: u8 = 0x82;
@@ -62,6 +63,28 @@ fn neither_direction_waits_for_the_other() {
     client.send(vec![0; 10_000_000]);
     client.send(vec![0; 10_000_000]);
     client.receive_exactly(20_000_000);
+}
+
+/// Whatever is half sent when a ping comes, its answer is a frame of its own; and the last one is answered.
+#[test]
+fn pongs_between_large_frames() {
+    const ALL: usize = 50_000_000;
+    let (issuer, script) = (Issuer::start(), format!("head -c {ALL} /dev/zero; exec cat"));
+    let relay = Setup::new(&issuer).daemon(&script).set("KEEPALIVE_SECS", "0").start();
+    let mut client = relay.connect(&issuer.token());
+    let (mut length, mut pings, mut last) = (0_usize, 0_u32, Vec::new());
+    while length < ALL || last != pings.to_be_bytes() {
+        if length < ALL / 2 {
+            pings += 1;
+            client.raw(&frame(PING, &pings.to_be_bytes()));
+        }
+        match client.0.read().unwrap() {
+            Message::Binary(bytes) if bytes.iter().all(|byte| *byte == 0) => length += bytes.len(),
+            Message::Pong(payload) => last = payload.to_vec(),
+            other => panic!("{other:.60?}"),
+        }
+    }
+    assert_eq!(length, ALL);
 }
 
 #[test]

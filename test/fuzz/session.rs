@@ -22,7 +22,7 @@ mod target {
 
     static STAGE: LazyLock<Stage> = LazyLock::new(|| {
         let file = std::env::temp_dir().join(format!("nix-relay-fuzz-{}", std::process::id()));
-        fs::write(&file, "[auth]\nallowed_org = \"x\"").unwrap();
+        fs::write(&file, "[auth]\nallowed_org = \"x\"\n[daemon]\nnix_daemon_path = \"cat\"").unwrap();
         let config = config::load(Some(&file)).unwrap().0;
         fs::remove_file(file).unwrap();
         Stage { config, listener: TcpListener::bind("127.0.0.1:0").unwrap(), closing: std::io::pipe().unwrap() }
@@ -122,7 +122,7 @@ mod target {
         let (understood, data) = understood(bytes);
         let with_head = usize::from(with_head).min(understood);
         let rest = bytes[..with_head].to_vec();
-        let daemon = Daemon::spawn("cat", &[]).unwrap();
+        let daemon = Daemon::spawn(config, &[]).unwrap();
         let session = Session::new(1, config, served, (Vec::new(), rest), daemon).unwrap();
         thread::scope(|scope| {
             scope.spawn(|| client(socket, &bytes[with_head..], understood - with_head, &data));
