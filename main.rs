@@ -657,11 +657,12 @@ mod poll {
 mod session {
     use super::{admin, config::Config, http, poll, secs, shown};
     use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-    use rustix::{event::PollFlags, io::ioctl_fionread, net::SendFlags, net::send, pipe::SpliceFlags, pipe::splice};
+    use rustix::{event::PollFlags, io::Errno, io::ioctl_fionread, net::SendFlags, net::send};
+    use rustix::{pipe::SpliceFlags, pipe::splice};
     use std::io::{self, ErrorKind, Read, Write};
     use std::os::{fd::AsFd, fd::BorrowedFd, fd::OwnedFd, unix::process::CommandExt, unix::process::ExitStatusExt};
     use std::process::{Child, ChildStdout, Command, Stdio};
-    use std::{env, iter, net::TcpStream, sync::Arc, time::Duration, time::Instant};
+    use std::{env, iter, net::Shutdown, net::TcpStream, sync::Arc, time::Duration, time::Instant};
     use tungstenite::protocol::frame::{FrameHeader, coding::Control, coding::Data, coding::OpCode};
     use tungstenite::protocol::{Role, WebSocketConfig};
     use tungstenite::{Bytes, Error, Message, WebSocket, error::ProtocolError};
@@ -827,7 +828,11 @@ mod session {
                 self.unsent.drain(..send(&self.socket, &self.unsent, more).unwrap_or(0));
             }
             if let (true, 1.., Some(stdout)) = (self.unsent.is_empty(), self.owed, stdout) {
-                self.owed -= splice(stdout, None, &self.socket, None, self.owed, SpliceFlags::empty()).unwrap_or(0);
+                match splice(stdout, None, &self.socket, None, self.owed, SpliceFlags::empty()) {
+                    Ok(sent @ 1..) => self.owed -= sent,
+                    Err(Errno::AGAIN | Errno::INTR) => {}
+                    _ => drop(self.socket.shutdown(Shutdown::Both)),
+                }
             }
         }
 

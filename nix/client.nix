@@ -3,6 +3,7 @@
   lib,
   stdenv,
   writeShellApplication,
+  bash,
   coreutils,
   curl,
   jq,
@@ -11,7 +12,9 @@
 }:
 writeShellApplication {
   name = "nix-relay-client";
+  # bash is the sh that websocat runs.
   runtimeInputs = [
+    bash
     coreutils
     curl
     jq

@@ -147,7 +147,7 @@ fn with_nix(issuer: &Issuer, runs: usize, quick: bool) {
         remote.path("").display()
     );
     let daemon = remote.script("daemon", &script).display().to_string();
-    let relay = Setup::new(issuer).set("DAEMON_PATH", &daemon).set("MAX_CONNECTIONS", "600").start();
+    let relay = Setup::new(issuer).set("DAEMON_PATH", &daemon).start();
     let (_server, address) = websocat(&format!("exec {daemon} --stdio"));
     let client = project("client.sh").display().to_string();
     let mut variables = vec![(STORE.0, STORE.1.into()), ("NIX_CONFIG", CONFIG.into()), ("NIX_SSHOPTS", sshd(&home))];
@@ -308,13 +308,13 @@ fn raw(issuer: &Issuer, runs: usize, bytes: usize) {
         "exec cat".into(),
         "exec true".into(),
     ];
-    let relays =
-        daemons.each_ref().map(|daemon| Setup::new(issuer).daemon(daemon).set("MAX_CONNECTIONS", "600").start());
+    let relays = daemons.each_ref().map(|daemon| Setup::new(issuer).daemon(daemon).start());
     let servers = daemons.each_ref().map(|daemon| websocat(daemon));
     let all: [[Subject; 4]; 2] = [
         array::from_fn(|n| Subject { address: relays[n].address, id: relays[n].child.id(), token: issuer.token() }),
         array::from_fn(|n| Subject { address: servers[n].1, id: servers[n].0.0.id(), token: issuer.token() }),
     ];
+    const IDLE: usize = 32;
     const ROWS: [&str; 10] = [
         "up, GiB/s",
         "up, CPU s/GiB",
@@ -335,13 +335,13 @@ fn raw(issuer: &Issuer, runs: usize, bytes: usize) {
             if run == 0 {
                 note(7, memory(cat.id) / 1024.0);
                 let before = memory(cat.id);
-                let mut clients: Vec<Client> = (0..64).map(|_| cat.connect()).collect();
-                note(8, (memory(cat.id) - before) / 64.0);
+                let mut clients: Vec<Client> = (0..IDLE).map(|_| cat.connect()).collect();
+                note(8, (memory(cat.id) - before) / IDLE as f64);
                 for client in &mut clients {
                     client.send(vec![b'x'; 1 << 20]);
                     client.receive_exactly(1 << 20);
                 }
-                note(9, (memory(cat.id) - before) / 64.0);
+                note(9, (memory(cat.id) - before) / IDLE as f64);
             }
             let (secs, cpu) = sink.up(&mut [sink.connect()], bytes);
             note(0, gib / secs);

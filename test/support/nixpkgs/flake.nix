@@ -33,6 +33,7 @@
               "caddy"
               "cargo"
               "clippy"
+              "bash"
               "coreutils"
               "curl"
               "haproxy"
