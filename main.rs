@@ -663,7 +663,7 @@ mod session {
     use std::os::{fd::AsFd, fd::BorrowedFd, fd::OwnedFd, unix::process::CommandExt, unix::process::ExitStatusExt};
     use std::process::{Child, ChildStdout, Command, Stdio};
     use std::{env, iter, net::Shutdown, net::TcpStream, sync::Arc, time::Duration, time::Instant};
-    use tungstenite::protocol::frame::{FrameHeader, coding::Control, coding::Data, coding::OpCode};
+    use tungstenite::protocol::frame::{CloseFrame, Frame, FrameHeader, coding::Data, coding::OpCode};
     use tungstenite::protocol::{Role, WebSocketConfig};
     use tungstenite::{Bytes, Error, Message, WebSocket, error::ProtocolError};
     use {log::info, log::warn};
@@ -811,14 +811,6 @@ mod session {
     impl Wire {
         fn is_idle(&self) -> bool {
             self.unsent.is_empty() && self.owed == 0
-        }
-
-        /// Begins a frame, of `length` bytes from the child unless it has a payload. The one before must be whole.
-        fn begin(&mut self, opcode: OpCode, payload: &[u8], length: usize) {
-            let frame = FrameHeader { opcode, ..FrameHeader::default() };
-            let _ = frame.format((payload.len() + length) as u64, &mut self.unsent);
-            self.unsent.extend_from_slice(payload);
-            self.owed = length;
         }
 
         /// Sends as much as the socket takes at once.
@@ -990,7 +982,9 @@ mod session {
                 }
                 self.bytes_out += length;
                 admin::add("bytes_total{direction=\"out\"}", length as f64);
-                wire.begin(OpCode::Data(Data::Binary), &[], length as usize);
+                let frame = FrameHeader { opcode: OpCode::Data(Data::Binary), ..FrameHeader::default() };
+                let _ = frame.format(length, &mut wire.unsent);
+                wire.owed = length as usize;
                 wire.send(stdout);
             } else if !exit.is_empty() {
                 return end(EXITED, None, "");
@@ -1019,8 +1013,7 @@ mod session {
             } else if now >= self.ping {
                 self.ping = now + self.keepalive;
                 if wire.is_idle() {
-                    wire.begin(OpCode::Control(Control::Ping), &[], 0);
-                    wire.send(&None);
+                    let _ = self.client.send(Message::Ping(Bytes::new()));
                 }
             }
             None
@@ -1049,13 +1042,12 @@ mod session {
 
         /// Sends a Close with this code, or with none (RFC 6455, section 5.5.1), and hangs up.
         fn hang_up(&mut self, code: Option<u16>, reason: &str, limit: Duration) {
-            let cut = if code.is_some() { reason.floor_char_boundary(MAX_REASON_BYTES) } else { 0 };
-            let code = code.into_iter().flat_map(u16::to_be_bytes);
-            let payload: Vec<u8> = code.chain(reason.bytes().take(cut)).collect();
+            let reason = &reason[..reason.floor_char_boundary(MAX_REASON_BYTES)];
+            let close = Frame::close(code.map(|code| CloseFrame { code: code.into(), reason: reason.into() }));
             let (wire, stdout, until) = (self.client.get_mut(), &self.daemon.child.stdout, Instant::now() + limit);
             wire.finish(stdout, until);
             if wire.is_idle() {
-                wire.begin(OpCode::Control(Control::Close), &payload, 0);
+                let _ = close.format(&mut wire.unsent);
                 wire.finish(stdout, until);
             }
             let _ = http::linger(&wire.socket, limit);
