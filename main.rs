@@ -868,8 +868,8 @@ mod session {
     const BROKEN: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
     const HUNG_UP: ProtocolError = ProtocolError::ResetWithoutClosingHandshake;
 
-    fn end(name: &'static str, code: impl Into<Option<u16>>, detail: impl ToString) -> Option<End> {
-        Some(End(name, code.into(), detail.to_string()))
+    fn end(name: &'static str, code: impl Into<Option<u16>>, detail: impl ToString) -> Result<(), End> {
+        Err(End(name, code.into(), detail.to_string()))
     }
 
     /// One client and one child.
@@ -920,7 +920,7 @@ mod session {
             let start = Instant::now();
             admin::add("sessions_active", 1.0);
             let End(reason, code, mut detail) = loop {
-                if let Some(end) = self.turn(closing) {
+                if let Err(end) = self.turn(closing) {
                     break end;
                 }
             };
@@ -943,7 +943,7 @@ mod session {
         }
 
         /// Waits for what happens next, and does what that asks for. Nothing else in here waits, so no direction does.
-        fn turn(&mut self, closing: BorrowedFd<'_>) -> Option<End> {
+        fn turn(&mut self, closing: BorrowedFd<'_>) -> Result<(), End> {
             let (wire, daemon) = (self.client.get_ref(), &self.daemon);
             // The child waits while the client has not taken this, and the client while the child has input to take.
             let (full, listening) = (!wire.is_idle(), self.input.is_empty());
@@ -990,11 +990,7 @@ mod session {
                 return end(EXITED, None, "");
             }
             if listening && (self.buffered || broken || client.contains(PollFlags::IN)) {
-                let message = self.client.read();
-                self.buffered = message.is_ok();
-                if let Some(end) = self.receive(message) {
-                    return Some(end);
-                }
+                self.receive()?;
             } else if broken {
                 return end("client-gone", None, "the connection broke");
             }
@@ -1016,22 +1012,24 @@ mod session {
                     let _ = self.client.send(Message::Ping(Bytes::new()));
                 }
             }
-            None
+            Ok(())
         }
 
-        fn receive(&mut self, message: Result<Message, Error>) -> Option<End> {
+        fn receive(&mut self) -> Result<(), End> {
+            let message = self.client.read();
+            self.buffered = message.is_ok();
             match message {
                 Ok(Message::Binary(payload)) => {
                     self.bytes_in += payload.len() as u64;
                     admin::add("bytes_total{direction=\"in\"}", payload.len() as f64);
                     self.input = payload;
                     self.daemon.feed(&mut self.input);
-                    None
+                    Ok(())
                 }
                 Ok(Message::Text(_)) => end("protocol-error", 1003, "only binary messages carry data"),
                 Ok(Message::Close(close)) => end("client-closed", close.map(|close| close.code.into()), ""),
-                Ok(_) => None,
-                Err(Error::Io(e)) if e.kind() == ErrorKind::WouldBlock => None,
+                Ok(_) => Ok(()),
+                Err(Error::Io(e)) if e.kind() == ErrorKind::WouldBlock => Ok(()),
                 Err(Error::Capacity(e)) => end("protocol-error", 1009, e),
                 Err(e @ Error::Utf8(_)) => end("protocol-error", 1007, e),
                 Err(Error::Protocol(HUNG_UP)) => end("client-gone", None, "it hung up without a Close"),
