@@ -974,9 +974,10 @@ mod session {
             if !stderr.is_empty() {
                 self.daemon.log_stderr(self.number);
             }
-            if !stdout.is_empty() {
+            if !stdout.is_empty() || !exit.is_empty() {
                 let (stdout, wire) = (&self.daemon.child.stdout, self.client.get_mut());
                 let length = stdout.as_ref().map_or(0, |stdout| ioctl_fionread(stdout).unwrap_or(0));
+                // It has closed its output, or exited with nothing left in there.
                 if length == 0 {
                     return end(EXITED, None, "");
                 }
@@ -986,8 +987,6 @@ mod session {
                 let _ = frame.format(length, &mut wire.unsent);
                 wire.owed = length as usize;
                 wire.send(stdout);
-            } else if !exit.is_empty() {
-                return end(EXITED, None, "");
             }
             if listening && (self.buffered || broken || client.contains(PollFlags::IN)) {
                 self.receive()?;
