@@ -876,7 +876,7 @@ mod session {
     pub struct Session {
         number: u64,
         client: WebSocket<Wire>,
-        /// tungstenite may hold what it has read already, or what came behind the request.
+        /// tungstenite may hold what it has read already; at first, what came behind the request.
         buffered: bool,
         daemon: Daemon,
         /// What the client sent and the child has not taken yet.
@@ -896,7 +896,7 @@ mod session {
         pub fn new(
             number: u64, config: &Config, socket: Arc<TcpStream>, (switching, rest): (Vec<u8>, Vec<u8>), daemon: Daemon,
         ) -> io::Result<Session> {
-            let (alive, timeout) = (Instant::now(), secs(config.timeout_secs));
+            let (now, timeout) = (Instant::now(), secs(config.timeout_secs));
             // None at all is one that is as long as the session.
             let keepalive = if config.keepalive_secs > 0 { secs(config.keepalive_secs) } else { timeout };
             // For a peer that vanishes while nothing is read from it, in milliseconds.
@@ -906,12 +906,11 @@ mod session {
             let limits = WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(0);
             let limits = limits.max_write_buffer_size(MAX_PONG_BYTES);
             let limits = limits.max_message_size(Some(MAX_MESSAGE_BYTES)).max_frame_size(Some(MAX_MESSAGE_BYTES));
-            let (wire, buffered) = (Wire { socket, unsent: switching, owed: 0 }, !rest.is_empty());
+            let wire = Wire { socket, unsent: switching, owed: 0 };
             let client = WebSocket::from_partially_read(wire, rest, Role::Server, Some(limits));
-            let (ping, deadline) = (alive + keepalive, alive + timeout);
-            let (input, bytes_in, bytes_out) = (Bytes::new(), 0, 0);
             Ok(Session {
-                number, client, buffered, daemon, input, keepalive, alive, ping, deadline, bytes_in, bytes_out,
+                number, client, buffered: true, daemon, input: Bytes::new(), keepalive,
+                alive: now, ping: now + keepalive, deadline: now + timeout, bytes_in: 0, bytes_out: 0,
             })
         }
 
