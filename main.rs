@@ -45,7 +45,7 @@ mod config {
     }
 
     /// Whom to let in. Once loaded, what it leaves out is as it is outside of rules.
-    #[derive(serde::Deserialize)]
+    #[derive(Default, serde::Deserialize)]
     #[serde(deny_unknown_fields)]
     pub struct Rule {
         pub name: String,
@@ -85,8 +85,7 @@ mod config {
         let Config { rule: rules, issuer, audience, allowed_org, extra_args, .. } = &mut config;
         if !allowed_org.is_empty() {
             let bound_claims = Claims::from_iter([("repository_owner".into(), allowed_org.clone().into())]);
-            let (name, issuer, audience, extra_args) = ("allowed_org".into(), None, None, None);
-            rules.push(Rule { name, issuer, audience, bound_claims, extra_args, ignores_case: true });
+            rules.push(Rule { name: "allowed_org".into(), bound_claims, ignores_case: true, ..Rule::default() });
         } else if rules.is_empty() {
             let set = "set auth.allowed_org (NIX_RELAY_ALLOWED_ORG) to the organisation whose jobs may, or add a rule";
             return Err(format!("nobody could connect: {set}"));
