@@ -1070,8 +1070,7 @@ mod admin {
         ("sessions_active", "gauge", "Sessions that have begun and not ended.", "", &[]),
         ("sessions_total", "counter", "Sessions that have ended, by why.", "result", REASONS),
     ];
-    const BUCKETS: [(&str, f64); 6] =
-        [("1", 1.0), ("10", 10.0), ("100", 100.0), ("1000", 1000.0), ("10000", 10000.0), ("+Inf", f64::INFINITY)];
+    const BUCKETS: [u32; 5] = [1, 10, 100, 1000, 10000];
     /// In the order of their names, which is right for all buckets but the widest: whether it is that one comes first.
     static SERIES: Mutex<BTreeMap<(bool, String), f64>> = Mutex::new(BTreeMap::new());
 
@@ -1093,9 +1092,10 @@ mod admin {
     pub fn add_session(result: &str, secs: f64) {
         add("sessions_active", -1.0);
         add(&format!("sessions_total{{result={result:?}}}"), 1.0);
-        for (le, limit) in BUCKETS {
-            add(&format!("session_seconds_bucket{{le={le:?}}}"), (secs <= limit).into());
+        for limit in BUCKETS {
+            add(&format!("session_seconds_bucket{{le=\"{limit}\"}}"), (secs <= limit.into()).into());
         }
+        add("session_seconds_bucket{le=\"+Inf\"}", 1.0);
         add("session_seconds_count", 1.0);
         add("session_seconds_sum", secs);
     }
