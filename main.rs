@@ -626,22 +626,22 @@ mod http {
 /// What every wait for a client or a child rests on: poll(2), with a limit.
 mod poll {
     use rustix::event::{PollFd, PollFlags, Timespec};
-    use std::{os::fd::AsFd, os::fd::BorrowedFd, time::Instant};
+    use std::{os::fd::AsFd, time::Instant};
 
     /// A descriptor to wait for, if there is one.
-    pub fn on(fd: &Option<impl AsFd>, events: PollFlags) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        fd.as_ref().map(|fd| (fd.as_fd(), events))
+    pub fn on(fd: &Option<impl AsFd>, events: PollFlags) -> Option<PollFd<'_>> {
+        fd.as_ref().map(|fd| PollFd::new(fd, events))
     }
 
     /// Waits until it can be read, or is broken; or, then false, until the time has come, and now and then less.
     pub fn readable(fd: &impl AsFd, until: Instant) -> bool {
-        !ready([Some((fd.as_fd(), PollFlags::IN))], until)[0].is_empty()
+        !ready([Some(PollFd::new(fd, PollFlags::IN))], until)[0].is_empty()
     }
 
     /// Waits until a descriptor is ready for its events (or broken, which always counts) or until the time has come,
     /// and says what each is ready for: nothing, at the deadline and now and then without a reason.
-    pub fn ready<const N: usize>(fds: [Option<(BorrowedFd<'_>, PollFlags)>; N], until: Instant) -> [PollFlags; N] {
-        let mut polled: Vec<_> = fds.iter().flatten().map(|(fd, e)| PollFd::from_borrowed_fd(*fd, *e)).collect();
+    pub fn ready<const N: usize>(fds: [Option<PollFd<'_>>; N], until: Instant) -> [PollFlags; N] {
+        let mut polled: Vec<_> = fds.iter().flatten().cloned().collect();
         let left = until.saturating_duration_since(Instant::now());
         // It fails when a signal comes, and when memory is short: both pass.
         let _ = rustix::event::poll(&mut polled, Timespec::try_from(left).ok().as_ref());
@@ -656,10 +656,10 @@ mod poll {
 mod session {
     use super::{admin, config::Config, http, poll, secs, shown};
     use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-    use rustix::{event::PollFlags, io::Errno, io::ioctl_fionread, net::SendFlags, net::send};
+    use rustix::{event::PollFd, event::PollFlags, io::Errno, io::ioctl_fionread, net::SendFlags, net::send};
     use rustix::{pipe::SpliceFlags, pipe::splice};
     use std::io::{self, ErrorKind, Read, Write};
-    use std::os::{fd::AsFd, fd::BorrowedFd, fd::OwnedFd, unix::process::CommandExt, unix::process::ExitStatusExt};
+    use std::os::{fd::BorrowedFd, fd::OwnedFd, unix::process::CommandExt, unix::process::ExitStatusExt};
     use std::process::{Child, ChildStdout, Command, Stdio};
     use std::{env, iter, net::Shutdown, net::TcpStream, sync::Arc, time::Duration, time::Instant};
     use tungstenite::protocol::frame::{CloseFrame, Frame, FrameHeader, coding::Data, coding::OpCode};
@@ -831,7 +831,7 @@ mod session {
         fn finish(&mut self, stdout: &Option<ChildStdout>, until: Instant) {
             let mut broken = false;
             while !self.is_idle() && !broken && Instant::now() < until {
-                let [ready] = poll::ready([Some((self.socket.as_fd(), PollFlags::OUT))], until);
+                let [ready] = poll::ready([Some(PollFd::new(&self.socket, PollFlags::OUT))], until);
                 broken = ready.intersects(BROKEN);
                 self.send(stdout);
             }
@@ -949,12 +949,12 @@ mod session {
             wanted.set(PollFlags::IN, listening);
             wanted.set(PollFlags::OUT, full);
             let fds = [
-                Some((wire.socket.as_fd(), wanted)),
+                Some(PollFd::new(&wire.socket, wanted)),
                 poll::on(&daemon.child.stdin, PollFlags::OUT).filter(|_| !listening),
                 poll::on(&daemon.child.stdout, PollFlags::IN).filter(|_| !full),
                 poll::on(&daemon.child.stderr, PollFlags::IN),
                 poll::on(&daemon.exit, PollFlags::IN).filter(|_| !full),
-                Some((closing, PollFlags::IN)),
+                Some(PollFd::new(&closing, PollFlags::IN)),
             ];
             let silence = self.alive + self.keepalive * KEEPALIVES;
             let until = if listening && self.buffered { self.alive } else { self.deadline.min(self.ping).min(silence) };
