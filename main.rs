@@ -1130,10 +1130,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 use signal_hook::{consts, iterator::Signals};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::{
-    collections::BTreeMap, env, fmt::Display, fs, io, io::PipeReader, io::Write, net::Shutdown, net::TcpListener,
-};
-use std::{net::TcpStream, os::fd::AsFd, os::unix::fs::MetadataExt, path::Path, process::ExitCode, thread};
+use std::{collections::BTreeMap, env, fmt::Display, fs, io, io::PipeReader, io::Write, path::Path, process::ExitCode};
+use std::{net::Shutdown, net::TcpListener, net::TcpStream, os::fd::AsFd, os::unix::fs::MetadataExt, thread};
 use std::{time::Duration, time::Instant};
 use {config::Config, http::Answer, http::Head, http::RETRY, session::Daemon, session::Session};
 use {log::error, log::info, log::warn, sd_notify::NotifyState, sd_notify::notify};
