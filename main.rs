@@ -844,7 +844,7 @@ mod session {
         }
     }
 
-    /// tungstenite answers pings here, with whole frames, and keeps those that have to wait for the end of another.
+    /// tungstenite pings and answers pings here, in whole frames, and keeps those that wait for the end of another.
     impl Write for Wire {
         fn write(&mut self, frame: &[u8]) -> io::Result<usize> {
             if !self.is_idle() {
@@ -991,9 +991,9 @@ mod session {
             } else if broken {
                 return end("client-gone", None, "the connection broke");
             }
-            let (now, wire) = (Instant::now(), self.client.get_mut());
+            let now = Instant::now();
             // It takes what is unsent; or it sends, if nothing was; or it may not send, and that is our doing.
-            let sends = client.contains(PollFlags::IN) || !listening || !wire.is_idle();
+            let sends = client.contains(PollFlags::IN) || !listening || !self.client.get_ref().is_idle();
             if client.contains(PollFlags::OUT) || !full && sends {
                 self.alive = now;
             }
@@ -1005,9 +1005,7 @@ mod session {
                 return end("client-gone", None, "it gave no sign of life for three keepalives");
             } else if now >= self.ping {
                 self.ping = now + self.keepalive;
-                if wire.is_idle() {
-                    let _ = self.client.send(Message::Ping(Bytes::new()));
-                }
+                let _ = self.client.send(Message::Ping(Bytes::new()));
             }
             Ok(())
         }
