@@ -379,8 +379,8 @@ mod oidc {
     /// Answers 401 if the token does not verify, and 503 if there are no keys to tell.
     pub fn verify(issuers: &[Arc<Issuer>], token: &str) -> Result<Claims, Answer> {
         let invalid = |why: &str| Answer::new(401, INVALID_TOKEN, &format!("the token does not verify: {why}"));
-        let mut parts = token.split('.').map(object);
-        let (Some(Some(header)), Some(Some(claims))) = (parts.next(), parts.next()) else {
+        let mut parts = token.split('.').map_while(object);
+        let (Some(header), Some(claims)) = (parts.next(), parts.next()) else {
             return Err(invalid("it is not a signed JSON Web Token"));
         };
         if header.contains_key("crit") {
