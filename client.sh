@@ -13,7 +13,7 @@ fail() {
 secrets=(NIX_RELAY_TOKEN ACTIONS_ID_TOKEN_REQUEST_TOKEN GITLAB_OIDC_TOKEN CIRCLE_OIDC_TOKEN_V2)
 export -n "${secrets[@]}" ACTIONS_ID_TOKEN_REQUEST_URL token=''
 
-for program in curl jq websocat; do
+for program in curl jq websocat cat sh; do
   type -P "$program" >/dev/null || fail "$program is not installed (curl, jq and websocat must be)"
 done
 
@@ -98,7 +98,8 @@ explain() {
 export RUST_LOG='websocat::ws_peer=debug,websocat::ws_client_peer=info/es'
 # Its own standard input and output would be slow (threads, 8 KiB at a time) or lose the end of an answer (without: a
 # buffer that is not flushed again after it met a full pipe). So two cats stand between, of which none may hold open
-# what another waits to see the end of. A frame can be left half sent, too, until the next one: a ping mends that.
-cats='unset WEBSOCAT_BASIC_AUTH; cat <&3 4>&- 2>/dev/null & exec cat >&4 3<&- 2>/dev/null'
+# what another waits to see the end of, nor be the child that websocat kills when it ends. A frame can be left half sent,
+# too, until the next one: a ping mends that.
+cats='unset WEBSOCAT_BASIC_AUTH; exec 5<&0 2>/dev/null; cat <&3 4>&- 5<&- & cat <&5 >&4 3<&- &'
 exec 3<&0 4>&1 2> >(explain)
 WEBSOCAT_BASIC_AUTH=oidc:$token exec websocat --binary --exit-on-eof --ping-interval 1 "$url" "sh-c:$cats"

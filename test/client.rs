@@ -103,9 +103,9 @@ fn what_is_missing_is_named() {
         let line = failure(client(&relay, &home).env("NIX_RELAY_URL", url));
         assert!(line.starts_with("set NIX_RELAY_URL "), "{line}");
     }
-    for missing in ["curl", "jq", "websocat"] {
+    for missing in ["curl", "jq", "websocat", "cat", "sh"] {
         let bin = Dir::new();
-        for present in ["bash", "curl", "jq", "websocat"].into_iter().filter(|name| *name != missing) {
+        for present in ["bash", "curl", "jq", "websocat", "cat", "sh"].into_iter().filter(|name| *name != missing) {
             let found = job("sh", &home).args(["-c", &format!("command -v {present}")]).output().unwrap();
             std::os::unix::fs::symlink(texts(&found).0.trim(), bin.path(present)).unwrap();
         }
@@ -142,6 +142,23 @@ fn the_reason_of_an_early_end_is_shown() {
     assert!(log.starts_with("nix-relay-client: the relay ended the session: 1011: "), "{log}");
     assert!(log.contains("exited with status 7: boom") && log.matches('\n').count() == 1, "{log}");
     assert!(wait(&mut child, LIMIT).code().is_some());
+}
+
+/// However short the time between the last of it and the end.
+#[test]
+fn an_answer_arrives_to_its_end() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).daemon("head -c 100000 /dev/zero; echo end").start();
+    for _ in 0..20 {
+        let home = Dir::new();
+        let mut command = client(&relay, &home);
+        let command = command.env("NIX_RELAY_TOKEN", issuer.token()).stdin(Stdio::piped());
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut answer = Vec::new();
+        child.stdout.take().unwrap().read_to_end(&mut answer).unwrap();
+        assert!(answer.len() == 100_004 && answer.ends_with(b"end\n"), "{} bytes", answer.len());
+        wait(&mut child, LIMIT);
+    }
 }
 
 /// Everything that is started for client.sh goes through wrappers that note their arguments, and all
