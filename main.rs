@@ -672,6 +672,8 @@ mod session {
     const PIPES_BYTES: u32 = 40 << 20;
     /// With more in a read, which tungstenite clears memory for, bytes leave the cache between steps.
     const READ_BYTES: usize = 64 << 10;
+    /// Less is copied: of what is spliced, whole pages stay in the socket's queue, which counts only the bytes in them.
+    const MIN_SPLICE_BYTES: u64 = 32 << 10;
     const MAX_MESSAGE_BYTES: usize = 16 << 20;
     /// Of the child's standard error, in the log.
     const MAX_LINE_BYTES: usize = 4 << 10;
@@ -801,8 +803,8 @@ mod session {
     /// The connection, which never blocks. Where writing fails for good, the next poll says that it is broken.
     struct Wire {
         socket: Arc<TcpStream>,
-        /// What could not be sent yet, and how much of the child's output belongs to the frame that it ends with: that
-        /// goes from pipe to socket without a copy.
+        /// What could not be sent yet, and how much of the child's output still belongs to the frame that it ends with:
+        /// that goes from pipe to socket without a copy.
         unsent: Vec<u8>,
         owed: usize,
     }
@@ -875,7 +877,7 @@ mod session {
     pub struct Session {
         number: u64,
         client: WebSocket<Wire>,
-        /// tungstenite may hold what it has read already; at first, what came behind the request.
+        /// tungstenite may hold what it has read already, or what came behind the request.
         buffered: bool,
         daemon: Daemon,
         /// What the client sent and the child has not taken yet.
@@ -905,10 +907,10 @@ mod session {
             let limits = WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(0);
             let limits = limits.max_write_buffer_size(MAX_PONG_BYTES);
             let limits = limits.max_message_size(Some(MAX_MESSAGE_BYTES)).max_frame_size(Some(MAX_MESSAGE_BYTES));
-            let wire = Wire { socket, unsent: switching, owed: 0 };
+            let (wire, buffered) = (Wire { socket, unsent: switching, owed: 0 }, !rest.is_empty());
             let client = WebSocket::from_partially_read(wire, rest, Role::Server, Some(limits));
             Ok(Session {
-                number, client, buffered: true, daemon, input: Bytes::new(), keepalive,
+                number, client, buffered, daemon, input: Bytes::new(), keepalive,
                 alive: now, ping: now + keepalive, deadline: now + timeout, bytes_in: 0, bytes_out: 0,
             })
         }
@@ -973,7 +975,7 @@ mod session {
                 self.daemon.log_stderr(self.number);
             }
             if !stdout.is_empty() || !exit.is_empty() {
-                let (stdout, wire) = (&self.daemon.child.stdout, self.client.get_mut());
+                let (stdout, wire) = (&mut self.daemon.child.stdout, self.client.get_mut());
                 let length = stdout.as_ref().map_or(0, |stdout| ioctl_fionread(stdout).unwrap_or(0));
                 // It has closed its output, or exited with nothing left in there.
                 if length == 0 {
@@ -983,7 +985,12 @@ mod session {
                 admin::add("bytes_total{direction=\"out\"}", length as f64);
                 let frame = FrameHeader { opcode: OpCode::Data(Data::Binary), ..FrameHeader::default() };
                 let _ = frame.format(length, &mut wire.unsent);
-                wire.owed = length as usize;
+                match stdout {
+                    Some(stdout) if length < MIN_SPLICE_BYTES => {
+                        let _ = stdout.by_ref().take(length).read_to_end(&mut wire.unsent);
+                    }
+                    _ => wire.owed = length as usize,
+                }
                 wire.send(stdout);
             }
             if listening && (self.buffered || broken || client.contains(PollFlags::IN)) {
