@@ -134,6 +134,25 @@ fn busy_sessions_all_hear_a_close() {
     relay.log.wait("connections_left=0");
 }
 
+/// The clients are slower than their daemons, so that almost every one has half a frame when its session ends.
+#[test]
+fn a_frame_is_finished_before_the_close() {
+    let issuer = Issuer::start();
+    let setup = Setup::new(&issuer).daemon("exec cat /dev/zero").set("SHUTDOWN_GRACE_SECS", "0");
+    let relay = setup.start();
+    let mut clients: Vec<Client> = (0..4).map(|_| relay.connect(&issuer.token())).collect();
+    clients.iter_mut().for_each(|client| drop(client.receive()));
+    relay.signal("TERM");
+    thread::scope(|scope| {
+        for client in &mut clients {
+            scope.spawn(|| {
+                let (data, code, _) = client.until_close();
+                assert!(data.iter().all(|byte| *byte == 0) && code == 1001, "{code}");
+            });
+        }
+    });
+}
+
 /// They take all that a child can be given: 15 s, and are gone when the relay is.
 #[test]
 fn daemons_that_ignore_everything_are_killed_first() {
