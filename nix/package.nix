@@ -11,7 +11,6 @@ rustPlatform.buildRustPackage {
   src = lib.fileset.toSource {
     root = ../.;
     fileset = lib.fileset.unions [
-      ../.rustfmt.toml
       ../Cargo.lock
       ../Cargo.toml
       ../client.sh

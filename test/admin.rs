@@ -11,29 +11,52 @@ fn setup(issuer: &Issuer) -> Setup {
 }
 
 fn get(address: SocketAddr, path: &str) -> String {
-    exchange(address, format!("GET {path} HTTP/1.1\r\nHost: relay\r\n\r\n").as_bytes())
+    exchange(
+        address,
+        format!("GET {path} HTTP/1.1\r\nHost: relay\r\n\r\n").as_bytes(),
+    )
 }
 
 /// Each series with its value, without the `nix_relay_` that all begin with.
 fn metrics(relay: &Relay) -> BTreeMap<String, f64> {
     let answer = get(relay.admin(), "/metrics");
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    assert!(head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("\r\nContent-Type: text/plain; "), "{head}");
-    let series = body.lines().filter(|line| !line.starts_with('#')).map(|line| {
-        let (name, value) = line.rsplit_once(' ').unwrap();
-        (name.strip_prefix("nix_relay_").unwrap().to_owned(), value.parse().unwrap())
-    });
+    assert!(
+        head.starts_with("HTTP/1.1 200 OK\r\n") && head.contains("\r\nContent-Type: text/plain; "),
+        "{head}"
+    );
+    let series = body
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .map(|line| {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            (
+                name.strip_prefix("nix_relay_").unwrap().to_owned(),
+                value.parse().unwrap(),
+            )
+        });
     series.collect()
 }
 
 /// What promtool has to say of a text, beyond that it is well.
 fn promtool(what: &[&str], text: &str) -> String {
     let mut command = Command::new("promtool");
-    let piped = command.args(["check"]).args(what).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let piped = command
+        .args(["check"])
+        .args(what)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = piped.spawn().unwrap();
-    child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(text.as_bytes())
+        .unwrap();
     let output = child.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned()
+        + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}\n{text}");
     said
 }
@@ -58,13 +81,30 @@ fn requests() {
         ("POST /metrics", "405", "\r\nAllow: GET, HEAD\r\n"),
         ("DELETE /healthz", "405", "\r\nAllow: GET, HEAD\r\n"),
     ] {
-        let answer = exchange(relay.admin(), format!("{request} HTTP/1.1\r\nHost: relay\r\n\r\n").as_bytes());
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.contains(part), "{request}: {answer}");
+        let answer = exchange(
+            relay.admin(),
+            format!("{request} HTTP/1.1\r\nHost: relay\r\n\r\n").as_bytes(),
+        );
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.contains(part),
+            "{request}: {answer}"
+        );
     }
-    let head = exchange(relay.admin(), b"HEAD /metrics HTTP/1.1\r\nHost: relay\r\n\r\n");
-    assert!(head.starts_with("HTTP/1.1 200 ") && head.ends_with("\r\n\r\n"), "{head}");
+    let head = exchange(
+        relay.admin(),
+        b"HEAD /metrics HTTP/1.1\r\nHost: relay\r\n\r\n",
+    );
+    assert!(
+        head.starts_with("HTTP/1.1 200 ") && head.ends_with("\r\n\r\n"),
+        "{head}"
+    );
     // A token opens nothing here.
-    assert!(open(tcp(relay.admin()), &issuer.token()).err().unwrap().starts_with("HTTP/1.1 404 "));
+    assert!(
+        open(tcp(relay.admin()), &issuer.token())
+            .err()
+            .unwrap()
+            .starts_with("HTTP/1.1 404 ")
+    );
 }
 
 #[test]
@@ -73,12 +113,19 @@ fn counters_agree_with_what_was_done() {
     let relay = setup(&issuer).daemon("head -c 1000; exit 3").start();
     relay.log.wait("fetched keys");
     // Where there was no zero, an alert does not see the first event.
-    for status in ["400", "401", "403", "404", "405", "408", "426", "431", "502", "503"] {
-        assert_eq!(metrics(&relay)[&format!("refusals_total{{status=\"{status}\"}}")], 0.0);
+    for status in [
+        "400", "401", "403", "404", "405", "408", "426", "431", "502", "503",
+    ] {
+        assert_eq!(
+            metrics(&relay)[&format!("refusals_total{{status=\"{status}\"}}")],
+            0.0
+        );
     }
     let mut active = relay.connect(&issuer.token());
     active.send(vec![0; 600]);
-    eventually("its bytes are counted", LIMIT, || metrics(&relay)["bytes_total{direction=\"in\"}"] == 600.0);
+    eventually("its bytes are counted", LIMIT, || {
+        metrics(&relay)["bytes_total{direction=\"in\"}"] == 600.0
+    });
     assert_eq!(metrics(&relay)["sessions_active"], 1.0);
     active.send(vec![0; 400]);
     let (output, code, _) = active.until_close();
@@ -93,10 +140,15 @@ fn counters_agree_with_what_was_done() {
     relay.refused(b"GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n");
     let stranger = issuer.token_with(json!({"repository_owner": "stranger"}));
     relay.refused(upgrade_request(&format!("Authorization: Bearer {stranger}\r\n")).as_bytes());
-    eventually("both have ended", LIMIT, || metrics(&relay)["sessions_active"] == 0.0);
+    eventually("both have ended", LIMIT, || {
+        metrics(&relay)["sessions_active"] == 0.0
+    });
     let metrics = metrics(&relay);
     for (name, value) in [
-        (concat!("build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"), 1.0),
+        (
+            concat!("build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"),
+            1.0,
+        ),
         ("bytes_total{direction=\"in\"}", 1003.0),
         ("jwks_refreshes_total{result=\"ok\"}", 1.0),
         ("refusals_total{status=\"401\"}", 2.0),
@@ -110,7 +162,10 @@ fn counters_agree_with_what_was_done() {
         assert_eq!(metrics.get(name), Some(&value), "{name} in {metrics:#?}");
     }
     // Whether the daemon still got to say something to the second is for the two of them.
-    assert!([1000.0, 1003.0].contains(&metrics["bytes_total{direction=\"out\"}"]), "{metrics:#?}");
+    assert!(
+        [1000.0, 1003.0].contains(&metrics["bytes_total{direction=\"out\"}"]),
+        "{metrics:#?}"
+    );
     let secs = metrics["session_seconds_sum"];
     assert!(secs > 0.0 && secs < LIMIT.as_secs_f64(), "{secs}");
     let mut last = 0.0;
@@ -131,9 +186,18 @@ fn prometheus_can_read_them() {
     let answer = get(relay.admin(), "/metrics");
     let text = answer.split_once("\r\n\r\n").unwrap().1;
     assert_eq!(promtool(&["metrics"], text), "");
-    for name in ["sessions_active", "sessions_total", "refusals_total", "bytes_total", "session_seconds", "build_info"]
-    {
-        assert!(text.contains(&format!("\n# TYPE nix_relay_{name} ")), "no {name}: {text}");
+    for name in [
+        "sessions_active",
+        "sessions_total",
+        "refusals_total",
+        "bytes_total",
+        "session_seconds",
+        "build_info",
+    ] {
+        assert!(
+            text.contains(&format!("\n# TYPE nix_relay_{name} ")),
+            "no {name}: {text}"
+        );
     }
 }
 
@@ -141,7 +205,10 @@ fn prometheus_can_read_them() {
 #[test]
 fn alert_rules() {
     let readme = std::fs::read_to_string(project("README.md")).unwrap();
-    let rules = readme.split("```yaml\n").find(|text| text.starts_with("groups:")).expect("no rules in the README");
+    let rules = readme
+        .split("```yaml\n")
+        .find(|text| text.starts_with("groups:"))
+        .expect("no rules in the README");
     let rules = rules.split("```").next().unwrap();
     let dir = Dir::new();
     let file = dir.write("rules.yml", rules);
@@ -150,8 +217,14 @@ fn alert_rules() {
     let issuer = Issuer::start();
     let relay = setup(&issuer).start();
     let known = get(relay.admin(), "/metrics");
-    for name in rules.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').filter(|n| n.starts_with("nix_relay_")) {
-        assert!(known.contains(&format!("# TYPE {} ", name.trim_end_matches("_bucket"))), "no metric {name}");
+    for name in rules
+        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+        .filter(|n| n.starts_with("nix_relay_"))
+    {
+        assert!(
+            known.contains(&format!("# TYPE {} ", name.trim_end_matches("_bucket"))),
+            "no metric {name}"
+        );
     }
 }
 
@@ -180,7 +253,10 @@ fn draining() {
     relay.signal("TERM");
     relay.log.wait("shutting down");
     let answer = get(relay.admin(), "/healthz");
-    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\ndraining\n"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\ndraining\n"),
+        "{answer}"
+    );
     assert!(get(relay.admin(), "/metrics").contains("\nnix_relay_sessions_active 1\n"));
     drop(client);
     assert_eq!(relay.wait().code(), Some(0));

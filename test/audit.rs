@@ -6,13 +6,22 @@ use std::os::unix::net::UnixDatagram;
 
 /// The message and the fields of a line, whose values are numbers, words, or quoted and escaped.
 fn parse(line: &str) -> (String, HashMap<String, String>) {
-    let (_, text) = line.split_once("] ").unwrap_or_else(|| panic!("no prefix: {line}"));
-    let first = text.find('=').map_or(text.len(), |at| text[..at].rfind(' ').unwrap_or(0));
+    let (_, text) = line
+        .split_once("] ")
+        .unwrap_or_else(|| panic!("no prefix: {line}"));
+    let first = text
+        .find('=')
+        .map_or(text.len(), |at| text[..at].rfind(' ').unwrap_or(0));
     let (message, mut rest) = (text[..first].to_owned(), text[first..].trim_start());
     let mut fields = HashMap::new();
     while !rest.is_empty() {
-        let (name, value) = rest.split_once('=').unwrap_or_else(|| panic!("no field: {line}"));
-        assert!(name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name:?} for a name: {line}");
+        let (name, value) = rest
+            .split_once('=')
+            .unwrap_or_else(|| panic!("no field: {line}"));
+        assert!(
+            name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'),
+            "{name:?} for a name: {line}"
+        );
         let mut escaped = false;
         let quoted = value.strip_prefix('"').map(|inner| {
             let end = inner.find(|c| {
@@ -25,7 +34,9 @@ fn parse(line: &str) -> (String, HashMap<String, String>) {
         let length = quoted.unwrap_or_else(|| value.find(' ').unwrap_or(value.len()));
         let twice = fields.insert(name.to_owned(), value[..length].to_owned());
         assert!(twice.is_none(), "{name} twice: {line}");
-        rest = value[length..].strip_prefix(' ').unwrap_or(&value[length..]);
+        rest = value[length..]
+            .strip_prefix(' ')
+            .unwrap_or(&value[length..]);
     }
     (message, fields)
 }
@@ -34,23 +45,33 @@ fn parse(line: &str) -> (String, HashMap<String, String>) {
 #[test]
 fn a_mixed_run() {
     let issuer = Issuer::start();
-    let forged =
-        "x\" reason=\"client-closed\n[2026-01-01T00:00:00Z INFO  nix_relay] session ended session=1\u{1b}[2J\r\u{7}";
-    let mut relay =
-        Setup::new(&issuer).daemon("echo \"a \\\"b\\\" c=d\" >&2; printf 'e\\033[2J\\n' >&2; exec cat").start();
+    let forged = "x\" reason=\"client-closed\n[2026-01-01T00:00:00Z INFO  nix_relay] session ended session=1\u{1b}[2J\r\u{7}";
+    let mut relay = Setup::new(&issuer)
+        .daemon("echo \"a \\\"b\\\" c=d\" >&2; printf 'e\\033[2J\\n' >&2; exec cat")
+        .start();
     let mut numbers = Vec::new();
-    for (sub, forwarded) in
-        [(forged, "203.0.113.7"), ("plain", forged), (&"y".repeat(10_000), "192.0.2.1, 198.51.100.1")]
-    {
+    for (sub, forwarded) in [
+        (forged, "203.0.113.7"),
+        ("plain", forged),
+        (&"y".repeat(10_000), "192.0.2.1, 198.51.100.1"),
+    ] {
         let token = issuer.token_with(json!({"sub": sub, "ref": forged}));
         let forwarded = forwarded.replace(['\n', '\r'], "\t").replace('\u{7}', "");
-        let request = upgrade_request(&format!("Authorization: Bearer {token}\r\nX-Forwarded-For: {forwarded}\r\n"));
+        let request = upgrade_request(&format!(
+            "Authorization: Bearer {token}\r\nX-Forwarded-For: {forwarded}\r\n"
+        ));
         let mut stream = relay.tcp();
         std::io::Write::write_all(&mut stream, request.replace('\u{1b}', "").as_bytes()).unwrap();
         assert!(read_head(&mut stream).starts_with("HTTP/1.1 101 "));
         let peer = stream.local_addr().unwrap();
-        let (_, fields) = parse(&relay.log.wait(&format!("session opened session={} peer={peer} ", numbers.len() + 1)));
-        assert!(fields["forwarded_for"].len() < 600 && fields["sub"].len() < 600, "{fields:?}");
+        let (_, fields) = parse(&relay.log.wait(&format!(
+            "session opened session={} peer={peer} ",
+            numbers.len() + 1
+        )));
+        assert!(
+            fields["forwarded_for"].len() < 600 && fields["sub"].len() < 600,
+            "{fields:?}"
+        );
         numbers.push(fields["session"].clone());
         drop(stream);
     }
@@ -60,7 +81,11 @@ fn a_mixed_run() {
     client.close();
     numbers.push((numbers.len() + 1).to_string());
     relay.refused(
-        upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token_with(json!({"iss": forged})))).as_bytes(),
+        upgrade_request(&format!(
+            "Authorization: Bearer {}\r\n",
+            issuer.token_with(json!({"iss": forged}))
+        ))
+        .as_bytes(),
     );
     let stranger = issuer.token_with(json!({"repository_owner": forged}));
     relay.refused(upgrade_request(&format!("Authorization: Bearer {stranger}\r\n")).as_bytes());
@@ -69,13 +94,18 @@ fn a_mixed_run() {
     assert!(log.lines().all(|line| line.len() < 4000), "{log}");
     let lines: Vec<_> = log.lines().map(parse).collect();
     let of = |message: &str, number: &str| -> Vec<&HashMap<String, String>> {
-        let fields =
-            lines.iter().filter(|(m, fields)| m == message && fields.get("session").is_some_and(|n| n == number));
+        let fields = lines.iter().filter(|(m, fields)| {
+            m == message && fields.get("session").is_some_and(|n| n == number)
+        });
         fields.map(|(_, fields)| fields).collect()
     };
     for number in &numbers {
         let (opened, ended) = (of("session opened", number), of("session ended", number));
-        assert_eq!((opened.len(), ended.len()), (1, 1), "session {number} in\n{log}");
+        assert_eq!(
+            (opened.len(), ended.len()),
+            (1, 1),
+            "session {number} in\n{log}"
+        );
         for name in ["peer", "rule", "sub", "repository", "ref"] {
             assert!(opened[0].contains_key(name), "no {name}: {opened:?}");
         }
@@ -84,9 +114,26 @@ fn a_mixed_run() {
         }
     }
     let last = of("session ended", &numbers[3])[0];
-    assert_eq!((&*last["reason"], &*last["bytes_in"], &*last["bytes_out"]), ("client-closed", "5", "5"));
-    assert_eq!(lines.iter().filter(|(message, _)| message == "session opened").count(), numbers.len(), "{log}");
-    assert_eq!(lines.iter().filter(|(message, _)| message == "refused").count(), 2, "{log}");
+    assert_eq!(
+        (&*last["reason"], &*last["bytes_in"], &*last["bytes_out"]),
+        ("client-closed", "5", "5")
+    );
+    assert_eq!(
+        lines
+            .iter()
+            .filter(|(message, _)| message == "session opened")
+            .count(),
+        numbers.len(),
+        "{log}"
+    );
+    assert_eq!(
+        lines
+            .iter()
+            .filter(|(message, _)| message == "refused")
+            .count(),
+        2,
+        "{log}"
+    );
 }
 
 #[test]
@@ -100,9 +147,17 @@ fn rust_log_chooses() {
     let _listener = std::net::TcpListener::bind(&taken).unwrap();
     for (level, expected) in [("error", "ERROR"), ("off", "")] {
         let mut command = binary();
-        command.env("NIX_RELAY_ALLOWED_ORG", "org").env("NIX_RELAY_LISTEN", &taken).env("RUST_LOG", level);
+        command
+            .env("NIX_RELAY_ALLOWED_ORG", "org")
+            .env("NIX_RELAY_LISTEN", &taken)
+            .env("RUST_LOG", level);
         let said = String::from_utf8(command.output().unwrap().stderr).unwrap();
-        assert!(said.contains(expected) && !said.contains("INFO") && said.is_empty() == expected.is_empty(), "{said}");
+        assert!(
+            said.contains(expected)
+                && !said.contains("INFO")
+                && said.is_empty() == expected.is_empty(),
+            "{said}"
+        );
     }
 }
 
@@ -132,11 +187,17 @@ fn the_service_manager_is_told() {
         String::from_utf8_lossy(&message[..length]).into_owned()
     };
     let script = "echo \"NOTIFY_SOCKET=$NOTIFY_SOCKET\"; exec cat";
-    let setup = Setup::new(&issuer).daemon(script).env("NOTIFY_SOCKET", dir.path("notify").to_str().unwrap());
+    let setup = Setup::new(&issuer)
+        .daemon(script)
+        .env("NOTIFY_SOCKET", dir.path("notify").to_str().unwrap());
     let mut relay = setup.start();
     assert_eq!(told(), "READY=1\n");
     let mut client = relay.connect(&issuer.token());
-    assert_eq!(client.receive(), b"NOTIFY_SOCKET=\n", "it is not for the daemon");
+    assert_eq!(
+        client.receive(),
+        b"NOTIFY_SOCKET=\n",
+        "it is not for the daemon"
+    );
     relay.signal("TERM");
     assert_eq!(told(), "STOPPING=1\n");
     client.close();

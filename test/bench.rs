@@ -18,7 +18,10 @@ use support::{nix::*, *};
 const COLUMNS: [&str; 4] = ["no relay", "nix-relay", "OpenSSH", "websocat"];
 
 fn main() {
-    let arguments: Vec<String> = env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let arguments: Vec<String> = env::args()
+        .skip(1)
+        .filter(|argument| argument != "--bench")
+        .collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["sink", bytes] => sink(bytes.parse().unwrap()),
         ["source", bytes] => source(bytes.parse().unwrap()),
@@ -41,16 +44,24 @@ fn tables(runs: usize, quick: bool) {
 fn spread(values: &[f64], digits: usize) -> String {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let (low, high, middle) = (sorted[0], sorted[sorted.len() - 1], sorted[sorted.len() / 2]);
+    let (low, high, middle) = (
+        sorted[0],
+        sorted[sorted.len() - 1],
+        sorted[sorted.len() / 2],
+    );
     format!("{middle:.digits$} [{low:.digits$}–{high:.digits$}]")
 }
 
 /// Takes that many bytes without looking at them, and answers with one.
 fn sink(bytes: usize) {
-    let (stdin, null) = (io::stdin(), File::options().write(true).open("/dev/null").unwrap());
+    let (stdin, null) = (
+        io::stdin(),
+        File::options().write(true).open("/dev/null").unwrap(),
+    );
     let mut left = bytes;
     while left > 0 {
-        let taken = rustix::pipe::splice(&stdin, None, &null, None, left, SpliceFlags::empty()).unwrap();
+        let taken =
+            rustix::pipe::splice(&stdin, None, &null, None, left, SpliceFlags::empty()).unwrap();
         assert!(taken > 0, "{left} bytes are missing");
         left -= taken;
     }
@@ -77,12 +88,29 @@ impl Drop for Server {
 
 /// `websocat`, with a shell command for each connection.
 fn websocat(command: &str) -> (Server, SocketAddr) {
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
     let home = Dir::new();
     let mut server = job("websocat", &home);
-    server.args(["-q", "--binary", "--exit-on-eof", &format!("ws-listen:{address}"), &format!("sh-c:{command}")]);
-    let server = Server(server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
-    eventually("websocat listens", LIMIT, || TcpStream::connect(address).is_ok());
+    server.args([
+        "-q",
+        "--binary",
+        "--exit-on-eof",
+        &format!("ws-listen:{address}"),
+        &format!("sh-c:{command}"),
+    ]);
+    let server = Server(
+        server
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    eventually("websocat listens", LIMIT, || {
+        TcpStream::connect(address).is_ok()
+    });
     (server, address)
 }
 
@@ -90,7 +118,8 @@ fn websocat(command: &str) -> (Server, SocketAddr) {
 fn sshd(dir: &Dir) -> String {
     for key in ["host", "user"] {
         let mut make = Command::new("ssh-keygen");
-        make.args(["-q", "-t", "ed25519", "-N", "", "-f"]).arg(dir.path(key));
+        make.args(["-q", "-t", "ed25519", "-N", "", "-f"])
+            .arg(dir.path(key));
         assert!(make.status().unwrap().success());
     }
     let _ = fs::create_dir("/run/sshd");
@@ -107,12 +136,21 @@ fn sshd(dir: &Dir) -> String {
         for socket in listener.incoming() {
             let socket: OwnedFd = socket.unwrap().into();
             let mut server = Command::new("/usr/sbin/sshd");
-            server.arg("-i").arg("-f").arg(&config).stdin(socket.try_clone().unwrap()).stdout(socket);
+            server
+                .arg("-i")
+                .arg("-f")
+                .arg(&config)
+                .stdin(socket.try_clone().unwrap())
+                .stdout(socket);
             let mut child = server.stderr(Stdio::null()).spawn().unwrap();
             thread::spawn(move || child.wait());
         }
     });
-    format!("-p {port} -i {} -o UserKnownHostsFile={} -o StrictHostKeyChecking=no", path("user"), path("known"))
+    format!(
+        "-p {port} -i {} -o UserKnownHostsFile={} -o StrictHostKeyChecking=no",
+        path("user"),
+        path("known")
+    )
 }
 
 /// Names as own-store gives them: stores with different ones cannot exchange paths.
@@ -134,7 +172,12 @@ impl Nix {
         }
         let start = Instant::now();
         let output = command.output().unwrap();
-        assert!(output.status.success(), "{}: nix {arguments:?}:\n{}", COLUMNS[column], texts(&output).1);
+        assert!(
+            output.status.success(),
+            "{}: nix {arguments:?}:\n{}",
+            COLUMNS[column],
+            texts(&output).1
+        );
         start.elapsed().as_secs_f64()
     }
 }
@@ -150,23 +193,40 @@ fn with_nix(issuer: &Issuer, runs: usize, quick: bool) {
     let relay = Setup::new(issuer).set("DAEMON_PATH", &daemon).start();
     let (_server, address) = websocat(&format!("exec {daemon} --stdio"));
     let client = project("client.sh").display().to_string();
-    let mut variables = vec![(STORE.0, STORE.1.into()), ("NIX_CONFIG", CONFIG.into()), ("NIX_SSHOPTS", sshd(&home))];
+    let mut variables = vec![
+        (STORE.0, STORE.1.into()),
+        ("NIX_CONFIG", CONFIG.into()),
+        ("NIX_SSHOPTS", sshd(&home)),
+    ];
     variables.extend(token_variables(issuer));
     let stores = [
         format!("ssh-ng://localhost?remote-program={daemon}"),
-        format!("ssh-ng://localhost?remote-program={client} ws://{}", relay.address),
+        format!(
+            "ssh-ng://localhost?remote-program={client} ws://{}",
+            relay.address
+        ),
         format!("ssh-ng://127.0.0.1?remote-program={daemon}"),
         format!("ssh-ng://localhost?remote-program={client} ws://{address}"),
     ];
-    let nix = Nix { home, variables, stores };
+    let nix = Nix {
+        home,
+        variables,
+        stores,
+    };
     let source = nix.home.path("source").display().to_string();
     let add = |name: &str, count: usize, bytes: u64| -> Vec<String> {
         let mut random = File::open("/dev/urandom").unwrap();
         let mut command = job("nix-store", &nix.home);
-        command.env("NIX_CONFIG", CONFIG).env(STORE.0, STORE.1).args(["--store", &source, "--add"]);
+        command
+            .env("NIX_CONFIG", CONFIG)
+            .env(STORE.0, STORE.1)
+            .args(["--store", &source, "--add"]);
         for number in 0..count {
             let mut content = Vec::new();
-            Read::by_ref(&mut random).take(bytes).read_to_end(&mut content).unwrap();
+            Read::by_ref(&mut random)
+                .take(bytes)
+                .read_to_end(&mut content)
+                .unwrap();
             let file = nix.home.path(&format!("{name}{number}"));
             fs::write(&file, content).unwrap();
             command.arg(file);
@@ -179,10 +239,16 @@ fn with_nix(issuer: &Issuer, runs: usize, quick: bool) {
     let small = add("small", if quick { 200 } else { 2000 }, 4096);
     let reset = || {
         let nix_dir = remote.path("nix");
-        let _ = Command::new("chmod").args(["-R", "u+w"]).arg(&nix_dir).stderr(Stdio::null()).status();
+        let _ = Command::new("chmod")
+            .args(["-R", "u+w"])
+            .arg(&nix_dir)
+            .stderr(Stdio::null())
+            .status();
         let _ = fs::remove_dir_all(&nix_dir);
         let mut init = job(&own_store, &remote);
-        init.arg(&nix_dir).args(["nix-store", "--init"]).env("NIX_CONFIG", CONFIG);
+        init.arg(&nix_dir)
+            .args(["nix-store", "--init"])
+            .env("NIX_CONFIG", CONFIG);
         assert!(init.status().unwrap().success());
     };
     let store = |column: usize| nix.stores[column].split(' ').next().unwrap();
@@ -197,12 +263,29 @@ fn with_nix(issuer: &Issuer, runs: usize, quick: bool) {
             reset();
             times[0].push(copy(column, &source, store(column), &large));
             let here = Dir::new();
-            times[1].push(copy(column, store(column), here.path("").to_str().unwrap(), &large));
+            times[1].push(copy(
+                column,
+                store(column),
+                here.path("").to_str().unwrap(),
+                &large,
+            ));
             times[2].push(copy(column, &source, store(column), &small));
             times[3].push(nix.run(column, &["store", "ping", "--store", store(column)]));
-            let file = nix.home.write("drv.nix", &derivation(&format!("x{run}{column}"), "echo x > $out"));
+            let file = nix.home.write(
+                "drv.nix",
+                &derivation(&format!("x{run}{column}"), "echo x > $out"),
+            );
             let file = file.to_str().unwrap();
-            let build = ["build", "--eval-store", &source, "--store", store(column), "--no-link", "-f", file];
+            let build = [
+                "build",
+                "--eval-store",
+                &source,
+                "--store",
+                store(column),
+                "--no-link",
+                "-f",
+                file,
+            ];
             times[4].push(nix.run(column, &build));
         }
         eprintln!("run {} of {runs} with nix is done", run + 1);
@@ -215,28 +298,49 @@ fn with_nix(issuer: &Issuer, runs: usize, quick: bool) {
         "`nix store ping`".into(),
         "build of a trivial derivation".into(),
     ];
-    println!("| | {} (s) | {} |\n| --- | --- | --- | --- | --- |", COLUMNS[0], COLUMNS[1..].join(" | "));
+    println!(
+        "| | {} (s) | {} |\n| --- | --- | --- | --- | --- |",
+        COLUMNS[0],
+        COLUMNS[1..].join(" | ")
+    );
     let [floor, others @ ..] = &times;
     for (row, name) in names.iter().enumerate() {
         let ratios = others.each_ref().map(|other| {
-            let ratios: Vec<f64> = other[row].iter().zip(&floor[row]).map(|(time, floor)| time / floor).collect();
+            let ratios: Vec<f64> = other[row]
+                .iter()
+                .zip(&floor[row])
+                .map(|(time, floor)| time / floor)
+                .collect();
             spread(&ratios, 1)
         });
-        println!("| {name} | {} | {} |", spread(&floor[row], 2), ratios.join(" | "));
+        println!(
+            "| {name} | {} | {} |",
+            spread(&floor[row], 2),
+            ratios.join(" | ")
+        );
     }
 }
 
 /// The seconds of CPU that a process has used.
 fn cpu(id: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
-    let fields: Vec<f64> = stat.rsplit(") ").next().unwrap().split(' ').map(|f| f.parse().unwrap_or(0.0)).collect();
+    let fields: Vec<f64> = stat
+        .rsplit(") ")
+        .next()
+        .unwrap()
+        .split(' ')
+        .map(|f| f.parse().unwrap_or(0.0))
+        .collect();
     (fields[11] + fields[12]) / 100.0
 }
 
 /// The KiB of memory that it has now.
 fn memory(id: u32) -> f64 {
     let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -258,7 +362,12 @@ impl Subject {
     /// From as many clients at once, until the daemons have it all.
     fn up(&self, clients: &mut [Client], bytes_each: usize) -> (f64, f64) {
         // Frames of 64 KiB, made before the clock runs.
-        let header = [&[0x82, 0xFF][..], &(64_u64 << 10).to_be_bytes(), &[1, 2, 3, 4]].concat();
+        let header = [
+            &[0x82, 0xFF][..],
+            &(64_u64 << 10).to_be_bytes(),
+            &[1, 2, 3, 4],
+        ]
+        .concat();
         let burst = [header, vec![b'x'; 64 << 10]].concat().repeat(16);
         let (start, before) = (Instant::now(), cpu(self.id));
         thread::scope(|scope| {
@@ -280,7 +389,9 @@ impl Subject {
         let client = self.connect();
         let mut unread = vec![0; 1 << 20];
         // With that flag, TCP drops what it has instead of copying it.
-        while rustix::net::recv(client.0.get_ref(), &mut unread[..], RecvFlags::TRUNC).is_ok_and(|(_, n)| n > 0) {}
+        while rustix::net::recv(client.0.get_ref(), &mut unread[..], RecvFlags::TRUNC)
+            .is_ok_and(|(_, n)| n > 0)
+        {}
         (start.elapsed().as_secs_f64(), cpu(self.id) - before)
     }
 
@@ -308,11 +419,21 @@ fn raw(issuer: &Issuer, runs: usize, bytes: usize) {
         "exec cat".into(),
         "exec true".into(),
     ];
-    let relays = daemons.each_ref().map(|daemon| Setup::new(issuer).daemon(daemon).start());
+    let relays = daemons
+        .each_ref()
+        .map(|daemon| Setup::new(issuer).daemon(daemon).start());
     let servers = daemons.each_ref().map(|daemon| websocat(daemon));
     let all: [[Subject; 4]; 2] = [
-        array::from_fn(|n| Subject { address: relays[n].address, id: relays[n].child.id(), token: issuer.token() }),
-        array::from_fn(|n| Subject { address: servers[n].1, id: servers[n].0.0.id(), token: issuer.token() }),
+        array::from_fn(|n| Subject {
+            address: relays[n].address,
+            id: relays[n].child.id(),
+            token: issuer.token(),
+        }),
+        array::from_fn(|n| Subject {
+            address: servers[n].1,
+            id: servers[n].0.0.id(),
+            token: issuer.token(),
+        }),
     ];
     const IDLE: usize = 32;
     const ROWS: [&str; 10] = [
@@ -360,24 +481,51 @@ fn raw(issuer: &Issuer, runs: usize, bytes: usize) {
         }
         eprintln!("run {} of {runs} without nix is done", run + 1);
     }
-    println!("\n| | {} | {} |\n| --- | --- | --- |", COLUMNS[1], COLUMNS[3]);
+    println!(
+        "\n| | {} | {} |\n| --- | --- | --- |",
+        COLUMNS[1], COLUMNS[3]
+    );
     for (number, (name, row)) in ROWS.iter().zip(&rows).enumerate() {
-        let digits = if number < 4 { 2 } else { usize::from(number == 7) };
-        println!("| {name} | {} | {} |", spread(&row[0], digits), spread(&row[1], digits));
+        let digits = if number < 4 {
+            2
+        } else {
+            usize::from(number == 7)
+        };
+        println!(
+            "| {name} | {} | {} |",
+            spread(&row[0], digits),
+            spread(&row[1], digits)
+        );
     }
 }
 
 fn growth(issuer: &Issuer, bytes: usize) {
     let own = env::current_exe().unwrap().display().to_string();
-    println!("\n| sessions at once, each copying up | GiB/s in all | relay's CPU s/GiB | relay's most memory, MiB |");
+    println!(
+        "\n| sessions at once, each copying up | GiB/s in all | relay's CPU s/GiB | relay's most memory, MiB |"
+    );
     println!("| --- | --- | --- | --- |");
     for sessions in [1, 8, 32, 128, 512] {
         let each = bytes / sessions;
-        let setup = Setup::new(issuer).daemon(&format!("exec {own} sink {each}")).set("MAX_CONNECTIONS", "600");
+        let setup = Setup::new(issuer)
+            .daemon(&format!("exec {own} sink {each}"))
+            .set("MAX_CONNECTIONS", "600");
         let relay = setup.under("ulimit -n 65536").start();
-        let subject = Subject { address: relay.address, id: relay.child.id(), token: issuer.token() };
+        let subject = Subject {
+            address: relay.address,
+            id: relay.child.id(),
+            token: issuer.token(),
+        };
         let mut clients: Vec<Client> = (0..sessions).map(|_| subject.connect()).collect();
-        let ((secs, cpu), gib) = (subject.up(&mut clients, each), bytes as f64 / (1 << 30) as f64);
-        println!("| {sessions} | {:.2} | {:.2} | {} |", gib / secs, cpu / gib, relay.peak_memory());
+        let ((secs, cpu), gib) = (
+            subject.up(&mut clients, each),
+            bytes as f64 / (1 << 30) as f64,
+        );
+        println!(
+            "| {sessions} | {:.2} | {:.2} | {} |",
+            gib / secs,
+            cpu / gib,
+            relay.peak_memory()
+        );
     }
 }

@@ -8,11 +8,19 @@ use std::process::{Child, Command, Stdio};
 fn config() -> String {
     let readme = fs::read_to_string(project("README.md")).unwrap();
     let section = readme.split_once("### As one of the builders\n").unwrap().1;
-    let block = section.split_once("```ini\nbuilders = ").unwrap().1.split_once("```").unwrap().0;
+    let block = section
+        .split_once("```ini\nbuilders = ")
+        .unwrap()
+        .1
+        .split_once("```")
+        .unwrap()
+        .0;
     let (client, system) = ("/usr/local/bin/client.sh", "x86_64-linux");
     assert!(block.contains(client) && block.contains(system) && block.contains("max-jobs = 0"));
     let here = format!("{}-linux", std::env::consts::ARCH);
-    let block = block.replace(client, project("client.sh").to_str().unwrap()).replace(system, &here);
+    let block = block
+        .replace(client, project("client.sh").to_str().unwrap())
+        .replace(system, &here);
     format!("{CONFIG}builders = {block}")
 }
 
@@ -21,7 +29,11 @@ struct Daemon(Child, Log);
 
 impl Daemon {
     fn start(command: &mut Command) -> Daemon {
-        let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let log = Log::of(child.stderr.take().unwrap());
         Daemon(child, log)
     }
@@ -44,7 +56,11 @@ fn builds_there_what_is_wanted_here() {
     let needed = derivation("needed", "echo hello > $out");
     let script = format!("read line < ${{{needed}}}; echo $line again > $out");
     let file = runner.derivation("hello", &script);
-    let output = runner.nix(&["build", "-L", "--no-link", "-f", &file]).env("NIX_CONFIG", config()).output().unwrap();
+    let output = runner
+        .nix(&["build", "-L", "--no-link", "-f", &file])
+        .env("NIX_CONFIG", config())
+        .output()
+        .unwrap();
     assert!(output.status.success(), "{}", texts(&output).1);
     let path = runner.out_path(&file);
     assert_eq!(fs::read(runner.file(&path)).unwrap(), b"hello again\n");
@@ -59,18 +75,37 @@ fn with_a_nix_daemon_here_the_variables_must_be_its() {
     let build = |store: &str, name: &str| {
         let file = runner.derivation(name, "echo hello > $out");
         let mut nix = runner.nix(&["build", "-L", "--no-link", "-f", &file]);
-        let output = nix.env("NIX_CONFIG", config()).env("NIX_REMOTE", store).output().unwrap();
+        let output = nix
+            .env("NIX_CONFIG", config())
+            .env("NIX_REMOTE", store)
+            .output()
+            .unwrap();
         (output.status.success(), texts(&output).1)
     };
     for with_variables in [false, true] {
         let command = runner.nix(&[]);
         let store = command.get_args().next().unwrap();
         let is_ours = |name: &str| name.starts_with("NIX_RELAY_") || name.starts_with("ACTIONS_");
-        let variables = command.get_envs().filter_map(|(name, value)| Some((name, value?)));
+        let variables = command
+            .get_envs()
+            .filter_map(|(name, value)| Some((name, value?)));
         let mut daemon = Command::new(command.get_program());
-        daemon.env_clear().envs(variables.filter(|(name, _)| with_variables || !is_ours(name.to_str().unwrap())));
-        let daemon = Daemon::start(daemon.arg(store).arg("nix-daemon").env("NIX_CONFIG", config()));
-        let ping = || runner.nix(&["store", "ping", "--store", "daemon"]).status().unwrap().success();
+        daemon
+            .env_clear()
+            .envs(variables.filter(|(name, _)| with_variables || !is_ours(name.to_str().unwrap())));
+        let daemon = Daemon::start(
+            daemon
+                .arg(store)
+                .arg("nix-daemon")
+                .env("NIX_CONFIG", config()),
+        );
+        let ping = || {
+            runner
+                .nix(&["store", "ping", "--store", "daemon"])
+                .status()
+                .unwrap()
+                .success()
+        };
         eventually("the daemon is there", LIMIT, ping);
         let (built, log) = build("daemon", "by-the-daemon");
         assert_eq!(built, with_variables, "{log}");
@@ -88,11 +123,27 @@ fn the_daemon_behind_the_relay_has_builders_itself() {
     let far = Farm::start();
     let dir = Dir::new();
     let (url, token, client) = (far.relay.address, far.issuer.token(), project("client.sh"));
-    let way = format!("export NIX_RELAY_URL=ws://{url} NIX_RELAY_TOKEN={token}\nexec {}", client.display());
+    let way = format!(
+        "export NIX_RELAY_URL=ws://{url} NIX_RELAY_TOKEN={token}\nexec {}",
+        client.display()
+    );
     let way = dir.script("way", &way);
-    let builders = format!("{CONFIG}max-jobs = 0\nbuilders = ssh-ng://localhost?remote-program={}\n", way.display());
-    let path = job("", &dir).get_envs().find(|(name, _)| *name == "PATH").unwrap().1.unwrap().to_owned();
-    let near = Farm::start_with(|setup| setup.env("NIX_CONFIG", &builders).env("PATH", path.to_str().unwrap()));
+    let builders = format!(
+        "{CONFIG}max-jobs = 0\nbuilders = ssh-ng://localhost?remote-program={}\n",
+        way.display()
+    );
+    let path = job("", &dir)
+        .get_envs()
+        .find(|(name, _)| *name == "PATH")
+        .unwrap()
+        .1
+        .unwrap()
+        .to_owned();
+    let near = Farm::start_with(|setup| {
+        setup
+            .env("NIX_CONFIG", &builders)
+            .env("PATH", path.to_str().unwrap())
+    });
     let runner = near.runner();
     let file = runner.derivation("hello", "echo hello > $out");
     let output = runner.build(&file).output().unwrap();
@@ -106,24 +157,49 @@ fn the_daemon_behind_the_relay_has_builders_itself() {
 #[test]
 fn a_builder_must_trust_its_clients() {
     let (farm, dir) = (Farm::start(), Dir::new());
-    let store = format!("{} {}", project("test/support/own-store").display(), dir.path("nix").display());
+    let store = format!(
+        "{} {}",
+        project("test/support/own-store").display(),
+        dir.path("nix").display()
+    );
     let in_store = |program: &str| {
         let mut command = job("sh", &dir);
-        command.args(["-c", &format!("exec {store} {program}")]).env("NIX_CONFIG", CONFIG);
+        command
+            .args(["-c", &format!("exec {store} {program}")])
+            .env("NIX_CONFIG", CONFIG);
         command
     };
     assert!(in_store("nix-store --init").status().unwrap().success());
     let _system = Daemon::start(&mut in_store("nix-daemon"));
-    let ping = || in_store("nix store ping --store daemon").status().unwrap().success();
+    let ping = || {
+        in_store("nix store ping --store daemon")
+            .status()
+            .unwrap()
+            .success()
+    };
     eventually("the daemon is there", LIMIT, ping);
-    let nobody = format!("exec {store} setpriv --reuid=65534 --regid=65534 --clear-groups nix-daemon \"$@\"");
-    let setup = Setup::new(&farm.issuer).daemon(&nobody).env("NIX_REMOTE", "daemon").env("NIX_CONFIG", CONFIG);
+    let nobody = format!(
+        "exec {store} setpriv --reuid=65534 --regid=65534 --clear-groups nix-daemon \"$@\""
+    );
+    let setup = Setup::new(&farm.issuer)
+        .daemon(&nobody)
+        .env("NIX_REMOTE", "daemon")
+        .env("NIX_CONFIG", CONFIG);
     let relay = setup.env("HOME", "/").start();
     let runner = farm.runner_for(relay.address);
     let file = runner.derivation("hello", "echo hello > $out");
     let build = ["build", "-L", "--no-link", "-f", &file];
-    let (_, log) = texts(&runner.nix(&build).env("NIX_CONFIG", config()).output().unwrap());
-    assert!(log.contains("you are not privileged to build input-addressed derivations"), "{log}");
+    let (_, log) = texts(
+        &runner
+            .nix(&build)
+            .env("NIX_CONFIG", config())
+            .output()
+            .unwrap(),
+    );
+    assert!(
+        log.contains("you are not privileged to build input-addressed derivations"),
+        "{log}"
+    );
     let output = runner.build(&file).output().unwrap();
     assert!(output.status.success(), "{}", texts(&output).1);
 }

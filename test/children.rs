@@ -14,10 +14,16 @@ struct Stage {
 
 fn stage(script: &str) -> Stage {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").set("QUEUE_TIMEOUT_SECS", "5");
+    let setup = Setup::new(&issuer)
+        .set("MAX_CONNECTIONS", "1")
+        .set("QUEUE_TIMEOUT_SECS", "5");
     let relay = setup.set("KEEPALIVE_SECS", "1").daemon(script).start();
     let before = relay.at_rest();
-    Stage { issuer, relay, before }
+    Stage {
+        issuer,
+        relay,
+        before,
+    }
 }
 
 impl Stage {
@@ -57,7 +63,10 @@ fn a_failure_has_status_and_last_line() {
     let (data, code, reason) = stage.session();
     assert_eq!((data.as_slice(), code), (&b"output\n"[..], 1011));
     assert_eq!(reason, "nix-daemon exited with status 7: last line");
-    stage.relay.log.wait("nix-daemon says session=1 line=\"first\"");
+    stage
+        .relay
+        .log
+        .wait("nix-daemon says session=1 line=\"first\"");
     stage.nothing_is_left();
 }
 
@@ -76,22 +85,32 @@ fn a_long_reason_is_cut_between_characters() {
 fn killed_by_a_signal() {
     let stage = stage("kill -9 $$");
     let (_, code, reason) = stage.session();
-    assert!(code == 1011 && reason.starts_with("nix-daemon was killed by signal 9"), "{reason}");
+    assert!(
+        code == 1011 && reason.starts_with("nix-daemon was killed by signal 9"),
+        "{reason}"
+    );
     stage.nothing_is_left();
 }
 
 #[test]
 fn a_daemon_that_does_not_exist() {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").set("QUEUE_TIMEOUT_SECS", "1");
+    let setup = Setup::new(&issuer)
+        .set("MAX_CONNECTIONS", "1")
+        .set("QUEUE_TIMEOUT_SECS", "1");
     let relay = setup.set("DAEMON_PATH", "/nonexistent/daemon").start();
     let before = relay.at_rest();
     for _ in 0..3 {
         // The permit is back each time: there would be a 503 without it.
         let answer = relay.upgrade(&format!("Authorization: Bearer {}\r\n", issuer.token()));
-        assert!(answer.starts_with("HTTP/1.1 502 ") && !answer.contains("nonexistent"), "{answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 502 ") && !answer.contains("nonexistent"),
+            "{answer}"
+        );
     }
-    relay.log.wait("log has the cause: /nonexistent/daemon: No such file");
+    relay
+        .log
+        .wait("log has the cause: /nonexistent/daemon: No such file");
     relay.back_to(before);
 }
 
@@ -100,12 +119,19 @@ fn a_daemon_that_never_reads() {
     let stage = stage("exec sleep 1000");
     let mut client = stage.connect();
     // Until nothing more goes: pipe, relay and both sockets are full.
-    client.0.get_ref().set_write_timeout(Some(LIMIT / 60)).unwrap();
+    client
+        .0
+        .get_ref()
+        .set_write_timeout(Some(LIMIT / 60))
+        .unwrap();
     let message = frame(0x82, &[0; 1 << 20]);
     let full = (0..1000).find_map(|_| client.0.get_mut().write_all(&message).err());
     assert_eq!(full.map(|e| e.kind()), Some(ErrorKind::WouldBlock));
     drop(client);
-    stage.relay.log.wait("session ended session=1 reason=client-gone ");
+    stage
+        .relay
+        .log
+        .wait("session ended session=1 reason=client-gone ");
     stage.nothing_is_left();
 }
 
@@ -116,12 +142,26 @@ fn a_daemon_that_ignores_sigterm() {
     client.receive_exactly(6);
     client.close();
     let closed = Instant::now();
-    stage.relay.log.wait("session ended session=1 reason=client-closed ");
+    stage
+        .relay
+        .log
+        .wait("session ended session=1 reason=client-closed ");
     let secs = closed.elapsed().as_secs_f64();
-    assert!((14.0..19.0).contains(&secs), "killed after {secs} s, not 15");
-    let signals = stage.relay.log.text().matches("outlives its session session=1 ").count();
+    assert!(
+        (14.0..19.0).contains(&secs),
+        "killed after {secs} s, not 15"
+    );
+    let signals = stage
+        .relay
+        .log
+        .text()
+        .matches("outlives its session session=1 ")
+        .count();
     assert_eq!(signals, 2, "TERM and KILL");
-    stage.relay.log.wait("exit=\"nix-daemon was killed by signal 9\"");
+    stage
+        .relay
+        .log
+        .wait("exit=\"nix-daemon was killed by signal 9\"");
     stage.nothing_is_left();
 }
 
@@ -130,7 +170,10 @@ fn a_daemon_that_ignores_sigterm() {
 fn a_daemon_that_cleans_up_has_the_time_to() {
     let stage = stage("cat >/dev/null; sleep 3; echo 'cleaned up' >&2");
     stage.connect().close();
-    stage.relay.log.wait("exit=\"nix-daemon exited with status 0\"");
+    stage
+        .relay
+        .log
+        .wait("exit=\"nix-daemon exited with status 0\"");
     assert!(stage.relay.log.text().contains("line=\"cleaned up\""));
     assert!(!stage.relay.log.text().contains("outlives"));
     stage.nothing_is_left();
@@ -161,7 +204,10 @@ fn a_daemon_that_closes_stdout_and_lives_on() {
     let stage = stage("echo output; exec sleep 1000 >&-");
     let (data, code, _) = stage.session();
     assert_eq!((data.as_slice(), code), (&b"output\n"[..], 1011));
-    stage.relay.log.wait("exit=\"nix-daemon was killed by signal 15\"");
+    stage
+        .relay
+        .log
+        .wait("exit=\"nix-daemon was killed by signal 15\"");
     stage.nothing_is_left();
 }
 
@@ -170,11 +216,22 @@ fn much_on_stderr() {
     let stage = stage("head -c 104857600 /dev/zero | tr '\\0' x >&2; echo output; exit 3");
     let (data, code, reason) = stage.session();
     assert_eq!((data.as_slice(), code), (&b"output\n"[..], 1011));
-    assert!(reason.starts_with("nix-daemon exited with status 3: xxx"), "{reason}");
-    assert!(stage.relay.peak_memory() < 64, "{} MiB", stage.relay.peak_memory());
+    assert!(
+        reason.starts_with("nix-daemon exited with status 3: xxx"),
+        "{reason}"
+    );
+    assert!(
+        stage.relay.peak_memory() < 64,
+        "{} MiB",
+        stage.relay.peak_memory()
+    );
     stage.nothing_is_left();
     let text = stage.relay.log.text();
-    assert_eq!(text.matches("session=1 line=\"xxx").count(), 25600, "lines of 4 KiB");
+    assert_eq!(
+        text.matches("session=1 line=\"xxx").count(),
+        25600,
+        "lines of 4 KiB"
+    );
     assert!(text.lines().all(|line| line.len() < 4096 + 100));
 }
 
@@ -186,7 +243,14 @@ fn a_daemon_that_dies_while_input_is_coming() {
     let message = frame(0x82, &[b'x'; 100_000]);
     let writer = thread::spawn(move || while socket.write_all(&message).is_ok() {});
     let end = client.until_close();
-    assert_eq!(end, (vec![b'x'; 10], 1011, "nix-daemon exited with status 3: enough".into()));
+    assert_eq!(
+        end,
+        (
+            vec![b'x'; 10],
+            1011,
+            "nix-daemon exited with status 3: enough".into()
+        )
+    );
     // The writer does not care, and is cut off.
     writer.join().unwrap();
     stage.nothing_is_left();
@@ -195,17 +259,40 @@ fn a_daemon_that_dies_while_input_is_coming() {
 #[test]
 fn what_a_daemon_finds_around_it() {
     let issuer = Issuer::start();
-    let script = "env; echo pwd=$(pwd) group=$(cut -d' ' -f5 /proc/$$/stat) id=$$; ls -l /proc/$$/fd";
-    let setup = Setup::new(&issuer).daemon(script).set("EXTRA_ARGS", "--stdio --one");
-    let setup = setup.env("NOTIFY_SOCKET", "/run/x").env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "x");
-    let (data, ..) = setup.env("KEPT", "as it is").start().connect(&issuer.token()).until_close();
+    let script =
+        "env; echo pwd=$(pwd) group=$(cut -d' ' -f5 /proc/$$/stat) id=$$; ls -l /proc/$$/fd";
+    let setup = Setup::new(&issuer)
+        .daemon(script)
+        .set("EXTRA_ARGS", "--stdio --one");
+    let setup = setup
+        .env("NOTIFY_SOCKET", "/run/x")
+        .env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "x");
+    let (data, ..) = setup
+        .env("KEPT", "as it is")
+        .start()
+        .connect(&issuer.token())
+        .until_close();
     let text = String::from_utf8(data).unwrap();
-    for gone in ["NIX_RELAY_", "NOTIFY_SOCKET", "ACTIONS_", "socket:", "pidfd", "eventfd"] {
+    for gone in [
+        "NIX_RELAY_",
+        "NOTIFY_SOCKET",
+        "ACTIONS_",
+        "socket:",
+        "pidfd",
+        "eventfd",
+    ] {
         assert!(!text.contains(gone), "{gone} in {text}");
     }
-    assert!(text.contains("KEPT=as it is\n") && text.contains("PATH="), "{text}");
+    assert!(
+        text.contains("KEPT=as it is\n") && text.contains("PATH="),
+        "{text}"
+    );
     let line = text.lines().find(|line| line.starts_with("pwd=")).unwrap();
-    let (group, id) = line.strip_prefix("pwd=/ group=").unwrap().split_once(" id=").unwrap();
+    let (group, id) = line
+        .strip_prefix("pwd=/ group=")
+        .unwrap()
+        .split_once(" id=")
+        .unwrap();
     assert_eq!(group, id, "a group of its own");
 }
 
@@ -215,5 +302,8 @@ fn what_a_daemon_is_told() {
     let setup = Setup::new(&issuer).daemon("for a; do echo \"[$a]\"; done");
     let relay = setup.set("EXTRA_ARGS", "--stdio  --option=x").start();
     let (data, ..) = relay.connect(&issuer.token()).until_close();
-    assert_eq!(String::from_utf8(data).unwrap(), "[--stdio]\n[--option=x]\n");
+    assert_eq!(
+        String::from_utf8(data).unwrap(),
+        "[--stdio]\n[--option=x]\n"
+    );
 }

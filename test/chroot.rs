@@ -16,11 +16,25 @@ const ISSUER: &str = "https://issuer.example.org";
 fn build() -> PathBuf {
     let target = project("target").display().to_string();
     let mut command = Command::new("nice");
-    command.args([env!("CARGO"), "static", "--locked", "--quiet", "--target-dir", &target]);
+    command.args([
+        env!("CARGO"),
+        "static",
+        "--locked",
+        "--quiet",
+        "--target-dir",
+        &target,
+    ]);
     command.args(["--config", "profile.dev.package.'*'.opt-level = 0"]);
     assert!(command.current_dir(project("")).status().unwrap().success());
-    let libc = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
-    project(&format!("target/{}-unknown-linux-{libc}/debug/nix-relay", std::env::consts::ARCH))
+    let libc = if cfg!(target_env = "musl") {
+        "musl"
+    } else {
+        "gnu"
+    };
+    project(&format!(
+        "target/{}-unknown-linux-{libc}/debug/nix-relay",
+        std::env::consts::ARCH
+    ))
 }
 
 /// Killed when dropped.
@@ -36,17 +50,32 @@ impl Drop for Server {
 /// Runs a closure where there is no network but a loopback of its own, with every port free.
 fn in_own_network(run: impl FnOnce() + Send + 'static) {
     let mut holder = Command::new("unshare");
-    let holder = holder.args(["--net", "sh", "-c", "ip link set lo up && echo up && exec cat"]);
-    let mut holder = Server(holder.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap());
+    let holder = holder.args([
+        "--net",
+        "sh",
+        "-c",
+        "ip link set lo up && echo up && exec cat",
+    ]);
+    let mut holder = Server(
+        holder
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
     let mut line = String::new();
-    BufReader::new(holder.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    BufReader::new(holder.0.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
     assert_eq!(line, "up\n");
     let namespace = fs::File::open(format!("/proc/{}/ns/net", holder.0.id())).unwrap();
     let inside = thread::spawn(move || {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
         run();
     });
-    inside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    inside
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
 /// A DNS server for which every name has the address 127.0.0.1 and no other (RFC 1035, section 4); not where resolvers
@@ -76,24 +105,38 @@ fn serve_keys(dir: &Dir) -> Server {
         command.args(arguments.split(' ')).current_dir(dir.path(""));
         command
     };
-    let certificate = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -config /dev/null -subj";
+    let certificate =
+        "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -config /dev/null -subj";
     for arguments in [
-        format!("{certificate} /CN=ca -keyout ca.key -out ca.pem -addext basicConstraints=critical,CA:TRUE"),
+        format!(
+            "{certificate} /CN=ca -keyout ca.key -out ca.pem -addext basicConstraints=critical,CA:TRUE"
+        ),
         format!(
             "{certificate} /CN=issuer -keyout key -out cert -CA ca.pem -CAkey ca.key -addext subjectAltName=DNS:{}",
             ISSUER.trim_start_matches("https://")
         ),
     ] {
         let output = openssl(&arguments).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
-    let key: serde_json::Value = serde_json::from_str(&issuer::keys().p256.public_key().to_jwk()).unwrap();
+    let key: serde_json::Value =
+        serde_json::from_str(&issuer::keys().p256.public_key().to_jwk()).unwrap();
     fs::create_dir(dir.path(".well-known")).unwrap();
     let discovery = json!({"issuer": ISSUER, "jwks_uri": format!("{ISSUER}/jwks")});
     dir.write(".well-known/openid-configuration", &discovery.to_string());
     dir.write("jwks", &json!({"keys": [key]}).to_string());
     let mut server = openssl("s_server -accept 127.0.0.1:443 -cert cert -key key -WWW");
-    let mut server = Server(server.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    let mut server = Server(
+        server
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
     Log::of(server.0.stdout.take().unwrap()).wait("ACCEPT");
     server
 }
@@ -103,7 +146,11 @@ fn three_files_are_enough() {
     let binary = build();
     let (root, keys) = (Dir::new(), Dir::new());
     // Of a dynamic kind, so that it is loaded anywhere, but in no need of a loader.
-    assert_eq!(fs::read(&binary).unwrap()[16..18], [3, 0], "not position-independent");
+    assert_eq!(
+        fs::read(&binary).unwrap()[16..18],
+        [3, 0],
+        "not position-independent"
+    );
     fs::copy(binary, root.path("nix-relay")).unwrap();
     fs::create_dir(root.path("etc")).unwrap();
     root.write("etc/resolv.conf", "nameserver 127.0.0.2\n");
@@ -115,9 +162,18 @@ fn three_files_are_enough() {
         let token = issuer.token_with(json!({"iss": ISSUER}));
         // There is no other program for a daemon.
         let start = |authorities: &str| {
-            let setup = Setup::new(&issuer).set("ISSUER", ISSUER).env("SSL_CERT_FILE", authorities);
-            let setup = setup.set("DAEMON_PATH", "/nix-relay").set("EXTRA_ARGS", "--version");
-            setup.under(&format!("exec chroot {} /nix-relay", root.path("").display())).start()
+            let setup = Setup::new(&issuer)
+                .set("ISSUER", ISSUER)
+                .env("SSL_CERT_FILE", authorities);
+            let setup = setup
+                .set("DAEMON_PATH", "/nix-relay")
+                .set("EXTRA_ARGS", "--version");
+            setup
+                .under(&format!(
+                    "exec chroot {} /nix-relay",
+                    root.path("").display()
+                ))
+                .start()
         };
 
         let relay = start("/ca.pem");
@@ -126,7 +182,18 @@ fn three_files_are_enough() {
         assert_eq!((&data[..], code), (version.as_bytes(), 1000));
 
         let relay = start("");
-        assert!(relay.log.wait("could not fetch keys").contains("certificate"), "{}", relay.log.text());
-        assert!(relay.try_connect(&token).is_err_and(|answer| answer.starts_with("HTTP/1.1 503 ")));
+        assert!(
+            relay
+                .log
+                .wait("could not fetch keys")
+                .contains("certificate"),
+            "{}",
+            relay.log.text()
+        );
+        assert!(
+            relay
+                .try_connect(&token)
+                .is_err_and(|answer| answer.starts_with("HTTP/1.1 503 "))
+        );
     });
 }

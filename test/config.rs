@@ -10,11 +10,46 @@ use toml::{Table, Value};
 
 /// A key, its variable, its default, another value for it in TOML, and a third one as text and as TOML.
 const KEYS: [(&str, &str, &str, &str, &str, &str); 14] = [
-    ("server.listen", "NIX_RELAY_LISTEN", "'0.0.0.0:8080'", "'127.0.0.1:1'", "[::1]:65535", "'[::1]:65535'"),
-    ("server.admin_listen", "NIX_RELAY_ADMIN_LISTEN", "''", "'127.0.0.1:1'", "[::1]:65535", "'[::1]:65535'"),
-    ("server.shutdown_grace_secs", "NIX_RELAY_SHUTDOWN_GRACE_SECS", "30", "0", "7", "7"),
-    ("server.handshake_timeout_secs", "NIX_RELAY_HANDSHAKE_TIMEOUT_SECS", "10", "1", "7", "7"),
-    ("server.keepalive_secs", "NIX_RELAY_KEEPALIVE_SECS", "30", "60", "0", "0"),
+    (
+        "server.listen",
+        "NIX_RELAY_LISTEN",
+        "'0.0.0.0:8080'",
+        "'127.0.0.1:1'",
+        "[::1]:65535",
+        "'[::1]:65535'",
+    ),
+    (
+        "server.admin_listen",
+        "NIX_RELAY_ADMIN_LISTEN",
+        "''",
+        "'127.0.0.1:1'",
+        "[::1]:65535",
+        "'[::1]:65535'",
+    ),
+    (
+        "server.shutdown_grace_secs",
+        "NIX_RELAY_SHUTDOWN_GRACE_SECS",
+        "30",
+        "0",
+        "7",
+        "7",
+    ),
+    (
+        "server.handshake_timeout_secs",
+        "NIX_RELAY_HANDSHAKE_TIMEOUT_SECS",
+        "10",
+        "1",
+        "7",
+        "7",
+    ),
+    (
+        "server.keepalive_secs",
+        "NIX_RELAY_KEEPALIVE_SECS",
+        "30",
+        "60",
+        "0",
+        "0",
+    ),
     (
         "auth.issuer",
         "NIX_RELAY_ISSUER",
@@ -23,10 +58,31 @@ const KEYS: [(&str, &str, &str, &str, &str, &str); 14] = [
         "http://127.0.0.1:8000/x",
         "'http://127.0.0.1:8000/x'",
     ),
-    ("auth.audience", "NIX_RELAY_AUDIENCE", "'api://nix-relay'", "'https://relay.example.com'", "a b", "'a b'"),
+    (
+        "auth.audience",
+        "NIX_RELAY_AUDIENCE",
+        "'api://nix-relay'",
+        "'https://relay.example.com'",
+        "a b",
+        "'a b'",
+    ),
     // Without it nobody could connect; so this one is always given.
-    ("auth.allowed_org", "NIX_RELAY_ALLOWED_ORG", "'given'", "'org'", "5", "'5'"),
-    ("auth.jwks_cache_ttl_secs", "NIX_RELAY_JWKS_CACHE_TTL_SECS", "3600", "60", "7", "7"),
+    (
+        "auth.allowed_org",
+        "NIX_RELAY_ALLOWED_ORG",
+        "'given'",
+        "'org'",
+        "5",
+        "'5'",
+    ),
+    (
+        "auth.jwks_cache_ttl_secs",
+        "NIX_RELAY_JWKS_CACHE_TTL_SECS",
+        "3600",
+        "60",
+        "7",
+        "7",
+    ),
     (
         "daemon.nix_daemon_path",
         "NIX_RELAY_DAEMON_PATH",
@@ -43,9 +99,30 @@ const KEYS: [(&str, &str, &str, &str, &str, &str); 14] = [
         "--stdio  --debug",
         "['--stdio', '--debug']",
     ),
-    ("daemon.timeout_secs", "NIX_RELAY_TIMEOUT_SECS", "3600", "60", "4294967295", "4294967295"),
-    ("daemon.max_connections", "NIX_RELAY_MAX_CONNECTIONS", "32", "1", "1000", "1000"),
-    ("daemon.queue_timeout_secs", "NIX_RELAY_QUEUE_TIMEOUT_SECS", "30", "60", "0", "0"),
+    (
+        "daemon.timeout_secs",
+        "NIX_RELAY_TIMEOUT_SECS",
+        "3600",
+        "60",
+        "4294967295",
+        "4294967295",
+    ),
+    (
+        "daemon.max_connections",
+        "NIX_RELAY_MAX_CONNECTIONS",
+        "32",
+        "1",
+        "1000",
+        "1000",
+    ),
+    (
+        "daemon.queue_timeout_secs",
+        "NIX_RELAY_QUEUE_TIMEOUT_SECS",
+        "30",
+        "60",
+        "0",
+        "0",
+    ),
 ];
 
 fn value(toml: &str) -> Value {
@@ -70,23 +147,42 @@ fn effective(command: &mut Command) -> Table {
 
 /// Exit 2, nothing on stdout, and the one line of stderr.
 fn error(command: &mut Command) -> String {
-    let Output { status, stdout, stderr } = command.output().unwrap();
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command.output().unwrap();
     let stderr = String::from_utf8(stderr).unwrap();
     assert_eq!((status.code(), &*stdout), (Some(2), &b""[..]), "{stderr}");
-    assert_eq!(stderr.find('\n'), Some(stderr.len() - 1), "not one line: {stderr}");
+    assert_eq!(
+        stderr.find('\n'),
+        Some(stderr.len() - 1),
+        "not one line: {stderr}"
+    );
     stderr
 }
 
 fn code_and_texts(command: &mut Command) -> (Option<i32>, String, String) {
-    let Output { status, stdout, stderr } = command.output().unwrap();
-    (status.code(), String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap())
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command.output().unwrap();
+    (
+        status.code(),
+        String::from_utf8(stdout).unwrap(),
+        String::from_utf8(stderr).unwrap(),
+    )
 }
 
 #[test]
 fn environment_beats_file_beats_default() {
     let dir = Dir::new();
     let defaults = effective(&mut check());
-    let printed: usize = defaults.values().map(|table| table.as_table().unwrap().len()).sum();
+    let printed: usize = defaults
+        .values()
+        .map(|table| table.as_table().unwrap().len())
+        .sum();
     assert_eq!(printed, KEYS.len(), "a key that is not tested: {defaults}");
     for (key, variable, default, in_file, text, as_toml) in KEYS {
         let (table, name) = key.split_once('.').unwrap();
@@ -98,7 +194,11 @@ fn environment_beats_file_beats_default() {
             }
             effective(command.arg(&file).env(variable, text))[table][name].clone()
         };
-        assert_eq!(defaults[table][name], value(default), "the default of {key}");
+        assert_eq!(
+            defaults[table][name],
+            value(default),
+            "the default of {key}"
+        );
         assert_eq!(with("UNRELATED", ""), value(in_file), "{key} in a file");
         assert_eq!(with(variable, text), value(as_toml), "{variable}");
         assert_eq!(with(variable, ""), value(in_file), "an empty {variable}");
@@ -129,8 +229,16 @@ fn errors_in_a_file() {
         ("[server]\n\nlissten = 1", "3", "server.lissten"),
         ("\nserver.lissten = 1", "2", "server.lissten"),
         ("server = { lissten = 1 }", "1", "server.lissten"),
-        ("[server]\nlisten = '0.0.0.0:1'\n[server.tls]\nkey = 1", "3", "server.tls"),
-        ("[daemon]\ntimeout_secs = 1\n\n[sever]\nlisten = 1", "4", "sever"),
+        (
+            "[server]\nlisten = '0.0.0.0:1'\n[server.tls]\nkey = 1",
+            "3",
+            "server.tls",
+        ),
+        (
+            "[daemon]\ntimeout_secs = 1\n\n[sever]\nlisten = 1",
+            "4",
+            "sever",
+        ),
         ("# comment\nlisten = '0.0.0.0:1'", "2", "listen"),
         ("server = 5", "1", "server"),
         ("[[server]]\nlisten = '0.0.0.0:1'", "1", "server"),
@@ -140,28 +248,92 @@ fn errors_in_a_file() {
         ("[server]\nlisten = ':8080'", "2", "server.listen"),
         ("[server]\nlisten = '127.0.0.1:65536'", "2", "server.listen"),
         ("[server]\nlisten = '::1:8080'", "2", "server.listen"),
-        ("[server]\nlisten = \"127.0.0.1:1\\n\\n2\"", "2", "server.listen"),
-        ("[server]\nlisten = '''\n127.0.0.1:1\n\n2'''", "2", "server.listen"),
-        ("[server]\nshutdown_grace_secs = '30'", "2", "server.shutdown_grace_secs"),
-        ("[server]\nshutdown_grace_secs = -1", "2", "server.shutdown_grace_secs"),
-        ("[server]\nshutdown_grace_secs = 1.5", "2", "server.shutdown_grace_secs"),
-        ("[server]\nshutdown_grace_secs = 4294967296", "2", "server.shutdown_grace_secs"),
-        ("[server]\nhandshake_timeout_secs = 0", "2", "server.handshake_timeout_secs"),
-        ("[server]\nkeepalive_secs = false", "2", "server.keepalive_secs"),
+        (
+            "[server]\nlisten = \"127.0.0.1:1\\n\\n2\"",
+            "2",
+            "server.listen",
+        ),
+        (
+            "[server]\nlisten = '''\n127.0.0.1:1\n\n2'''",
+            "2",
+            "server.listen",
+        ),
+        (
+            "[server]\nshutdown_grace_secs = '30'",
+            "2",
+            "server.shutdown_grace_secs",
+        ),
+        (
+            "[server]\nshutdown_grace_secs = -1",
+            "2",
+            "server.shutdown_grace_secs",
+        ),
+        (
+            "[server]\nshutdown_grace_secs = 1.5",
+            "2",
+            "server.shutdown_grace_secs",
+        ),
+        (
+            "[server]\nshutdown_grace_secs = 4294967296",
+            "2",
+            "server.shutdown_grace_secs",
+        ),
+        (
+            "[server]\nhandshake_timeout_secs = 0",
+            "2",
+            "server.handshake_timeout_secs",
+        ),
+        (
+            "[server]\nkeepalive_secs = false",
+            "2",
+            "server.keepalive_secs",
+        ),
         ("[auth]\nissuer = ''", "2", "auth.issuer"),
         ("[auth]\nissuer = 'token.example.com'", "2", "auth.issuer"),
-        ("[auth]\nissuer = 'http://token.example.com'", "2", "auth.issuer"),
-        ("[auth]\nissuer = ['https://token.example.com']", "2", "auth.issuer"),
+        (
+            "[auth]\nissuer = 'http://token.example.com'",
+            "2",
+            "auth.issuer",
+        ),
+        (
+            "[auth]\nissuer = ['https://token.example.com']",
+            "2",
+            "auth.issuer",
+        ),
         ("[auth]\naudience = ''", "2", "auth.audience"),
         ("[auth]\nallowed_org = ['a', 'b']", "2", "auth.allowed_org"),
-        ("[auth]\njwks_cache_ttl_secs = 0", "2", "auth.jwks_cache_ttl_secs"),
-        ("[daemon]\nnix_daemon_path = ''", "2", "daemon.nix_daemon_path"),
-        ("[daemon]\nnix_daemon_path = './nix-daemon'", "2", "daemon.nix_daemon_path"),
+        (
+            "[auth]\njwks_cache_ttl_secs = 0",
+            "2",
+            "auth.jwks_cache_ttl_secs",
+        ),
+        (
+            "[daemon]\nnix_daemon_path = ''",
+            "2",
+            "daemon.nix_daemon_path",
+        ),
+        (
+            "[daemon]\nnix_daemon_path = './nix-daemon'",
+            "2",
+            "daemon.nix_daemon_path",
+        ),
         ("[daemon]\nextra_args = '--stdio'", "2", "daemon.extra_args"),
-        ("[daemon]\nextra_args = [\n  '--stdio',\n  5,\n]", "2", "daemon.extra_args"),
+        (
+            "[daemon]\nextra_args = [\n  '--stdio',\n  5,\n]",
+            "2",
+            "daemon.extra_args",
+        ),
         ("[daemon]\ntimeout_secs = 0", "2", "daemon.timeout_secs"),
-        ("[daemon]\nmax_connections = 0", "2", "daemon.max_connections"),
-        ("[daemon]\nqueue_timeout_secs = { secs = 1 }", "2", "daemon.queue_timeout_secs"),
+        (
+            "[daemon]\nmax_connections = 0",
+            "2",
+            "daemon.max_connections",
+        ),
+        (
+            "[daemon]\nqueue_timeout_secs = { secs = 1 }",
+            "2",
+            "daemon.queue_timeout_secs",
+        ),
         ("[auth]\nallowed_org = '*'", "2", "auth.allowed_org"),
         ("[server]\nadmin_listen = 'on'", "2", "server.admin_listen"),
         ("auth.rule = 5", "1", "auth.rule"),
@@ -169,16 +341,56 @@ fn errors_in_a_file() {
         ("[auth.rule]\nname = 'a'", "1", "auth.rule"),
         ("[[auth.rule]]\nbound_claims = { ref = 'a' }", "1", "name"),
         ("[[auth.rule]]\nname = 'a'", "1", "bound_claims"),
-        ("[[auth.rule]]\nname = ''\nbound_claims = { ref = 'a' }", "1", "auth.rule: name"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims = {}", "1", "auth.rule: bound_claims"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = []", "1", "auth.rule: bound_claims"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = { a = 'b' }", "1", "auth.rule: bound_claims"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = [['b']]", "1", "auth.rule: bound_claims"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 1.5", "1", "auth.rule: bound_claims"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nclaims.x = 'a'", "1", "claims"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nissuer = 'http://example.com'", "1", "auth.rule: issuer"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\naudience = ''", "1", "auth.rule: audience"),
-        ("[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nextra_args = '--stdio'", "1", "rule.extra_args"),
+        (
+            "[[auth.rule]]\nname = ''\nbound_claims = { ref = 'a' }",
+            "1",
+            "auth.rule: name",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims = {}",
+            "1",
+            "auth.rule: bound_claims",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = []",
+            "1",
+            "auth.rule: bound_claims",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = { a = 'b' }",
+            "1",
+            "auth.rule: bound_claims",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = [['b']]",
+            "1",
+            "auth.rule: bound_claims",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 1.5",
+            "1",
+            "auth.rule: bound_claims",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nclaims.x = 'a'",
+            "1",
+            "claims",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nissuer = 'http://example.com'",
+            "1",
+            "auth.rule: issuer",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\naudience = ''",
+            "1",
+            "auth.rule: audience",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nextra_args = '--stdio'",
+            "1",
+            "rule.extra_args",
+        ),
         (
             "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\n\n[[auth.rule]]\nname = 'b'\nbound_claims.ref = []",
             "5",
@@ -187,17 +399,26 @@ fn errors_in_a_file() {
         ("[server", "1", ""),
         ("[server]\nlisten = 'never closed\n", "2", ""),
         ("[server]\n\nlisten 1", "3", ""),
-        ("[server]\nlisten = '0.0.0.0:1'\nlisten = '0.0.0.0:1'", "3", ""),
+        (
+            "[server]\nlisten = '0.0.0.0:1'\nlisten = '0.0.0.0:1'",
+            "3",
+            "",
+        ),
         ("[server]\n[server]", "2", ""),
     ];
     for (text, line, key) in rows {
         let file = dir.write("relay.toml", text);
         let error = error(check().arg(&file));
         let place = format!("{}:{line}: ", file.display());
-        let (_, what) = error.split_once(&place).unwrap_or_else(|| panic!("{text}\n{error}"));
+        let (_, what) = error
+            .split_once(&place)
+            .unwrap_or_else(|| panic!("{text}\n{error}"));
         let named = what.starts_with(&format!("{key}: ")) || what.contains(&format!("`{key}`"));
         assert!(key.is_empty() || named, "no {key} for\n{text}\n{error}");
-        assert!(what.trim().len() > key.len() + 2, "no reason for\n{text}\n{error}");
+        assert!(
+            what.trim().len() > key.len() + 2,
+            "no reason for\n{text}\n{error}"
+        );
     }
 }
 
@@ -236,11 +457,17 @@ fn errors_in_a_variable() {
         ("NIX_RELAY_QUEUE_TIMEOUT_SECS", "0x10"),
     ] {
         let error = error(check().env(variable, bad));
-        assert!(error.contains(&format!("{variable}: ")), "{variable}={bad}: {error}");
+        assert!(
+            error.contains(&format!("{variable}: ")),
+            "{variable}={bad}: {error}"
+        );
     }
     for (_, variable, ..) in KEYS {
         let error = error(check().env(variable, OsStr::from_bytes(b"\xff")));
-        assert!(error.contains(&format!("{variable}: ")), "{variable}: {error}");
+        assert!(
+            error.contains(&format!("{variable}: ")),
+            "{variable}: {error}"
+        );
     }
 }
 
@@ -262,24 +489,45 @@ fn without_an_organisation_nobody_could_connect() {
 #[test]
 fn arguments() {
     let version = format!("nix-relay {}\n", env!("CARGO_PKG_VERSION"));
-    assert_eq!(code_and_texts(binary().arg("--version")), (Some(0), version, String::new()));
+    assert_eq!(
+        code_and_texts(binary().arg("--version")),
+        (Some(0), version, String::new())
+    );
     let (code, help, stderr) = code_and_texts(binary().arg("--help"));
     assert_eq!((code, &*stderr), (Some(0), ""));
-    for part in ["nix-relay [--check] [CONFIG.toml]", "--check ", "--help ", "--version ", "NIX_RELAY_CONFIG"] {
+    for part in [
+        "nix-relay [--check] [CONFIG.toml]",
+        "--check ",
+        "--help ",
+        "--version ",
+        "NIX_RELAY_CONFIG",
+    ] {
         assert!(help.contains(part), "no {part:?} in {help}");
     }
-    for wrong in [&["--chekc"][..], &["-x"], &["--check", "--config=x"], &["a.toml", "b.toml"]] {
+    for wrong in [
+        &["--chekc"][..],
+        &["-x"],
+        &["--check", "--config=x"],
+        &["a.toml", "b.toml"],
+    ] {
         let (code, stdout, stderr) = code_and_texts(binary().args(wrong));
         assert_eq!((code, &*stdout), (Some(2), ""), "{wrong:?}");
-        assert!(stderr.contains(wrong[wrong.len() - 1]), "{wrong:?}: {stderr}");
+        assert!(
+            stderr.contains(wrong[wrong.len() - 1]),
+            "{wrong:?}: {stderr}"
+        );
     }
 }
 
 #[test]
 fn where_the_file_is() {
     let dir = Dir::new();
-    let file = |name: &str, audience: &str| dir.write(name, &format!("auth.audience = '{audience}'\n"));
-    let (argument, variable) = (file("argument.toml", "argument"), file("variable.toml", "variable"));
+    let file =
+        |name: &str, audience: &str| dir.write(name, &format!("auth.audience = '{audience}'\n"));
+    let (argument, variable) = (
+        file("argument.toml", "argument"),
+        file("variable.toml", "variable"),
+    );
     let audience = |command: &mut Command| effective(command)["auth"]["audience"].to_string();
     let from = |path: &Path| {
         let mut command = check();
@@ -308,12 +556,18 @@ fn check_neither_listens_nor_asks_the_issuer() {
     assert!(listener.accept().is_err() && issuer.requests().is_empty());
     // Without it, the address that is taken is an error, and says so.
     let (code, _, log) = with(&mut binary());
-    assert!(code == Some(1) && log.contains(&address) && log.lines().count() == 1, "{log}");
+    assert!(
+        code == Some(1) && log.contains(&address) && log.lines().count() == 1,
+        "{log}"
+    );
 }
 
 /// What NIX_RELAY_ variables there are besides ours is not for us to say.
 #[test]
 fn a_variable_of_no_key_is_ignored() {
     let mut other = check();
-    assert_eq!(effective(other.env("NIX_RELAY_UNRELATED", "x")), effective(&mut check()));
+    assert_eq!(
+        effective(other.env("NIX_RELAY_UNRELATED", "x")),
+        effective(&mut check())
+    );
 }

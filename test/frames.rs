@@ -20,7 +20,10 @@ fn each_is_closed_with(cases: &[(&str, Vec<u8>, u16)]) {
         assert_eq!(code, *expected, "{what}");
         client.close();
         let line = relay.log.wait(&format!("session ended session={number} "));
-        assert!(line.contains(" exit=\"nix-daemon exited with status 0\""), "{what}: {line}");
+        assert!(
+            line.contains(" exit=\"nix-daemon exited with status 0\""),
+            "{what}: {line}"
+        );
     }
     relay.back_to(before);
     assert!(!relay.log.text().contains("panicked"));
@@ -55,7 +58,11 @@ fn malformed() {
 fn control_frames() {
     each_is_closed_with(&[
         ("ping in fragments", frame(0x09, b"x"), 1002),
-        ("close in fragments", frame(0x08, &1000_u16.to_be_bytes()), 1002),
+        (
+            "close in fragments",
+            frame(0x08, &1000_u16.to_be_bytes()),
+            1002,
+        ),
         ("ping of 126 bytes", frame(0x89, &[0; 126]), 1002),
         ("pong of 126 bytes", frame(0x8A, &[0; 126]), 1002),
         ("close of 126 bytes", frame(0x88, &[3; 126]), 1002),
@@ -68,18 +75,37 @@ fn order_of_fragments() {
     each_is_closed_with(&[
         ("continuation without a start", frame(0x00, b"x"), 1002),
         ("last without a start", frame(0x80, b"x"), 1002),
-        ("message within a message", [frame(0x02, b"x"), frame(0x82, b"y")].concat(), 1002),
-        ("start within a message", [frame(0x02, b"x"), frame(0x02, b"y")].concat(), 1002),
+        (
+            "message within a message",
+            [frame(0x02, b"x"), frame(0x82, b"y")].concat(),
+            1002,
+        ),
+        (
+            "start within a message",
+            [frame(0x02, b"x"), frame(0x02, b"y")].concat(),
+            1002,
+        ),
     ]);
 }
 
 #[test]
 fn closes() {
-    let mut cases = vec![("one byte", frame(0x88, b"x"), 1002), ("no code", frame(0x88, b""), 1005)];
+    let mut cases = vec![
+        ("one byte", frame(0x88, b"x"), 1002),
+        ("no code", frame(0x88, b""), 1005),
+    ];
     for code in [0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65535_u16] {
-        cases.push(("code that is not for sending", frame(0x88, &code.to_be_bytes()), 1002));
+        cases.push((
+            "code that is not for sending",
+            frame(0x88, &code.to_be_bytes()),
+            1002,
+        ));
     }
-    cases.push(("reason that is not UTF-8", frame(0x88, &[3, 0xE8, 0xFF, 0xFE]), 1007));
+    cases.push((
+        "reason that is not UTF-8",
+        frame(0x88, &[3, 0xE8, 0xFF, 0xFE]),
+        1007,
+    ));
     each_is_closed_with(&cases);
 }
 
@@ -90,9 +116,17 @@ fn lengths() {
         ("2^63", announced(0x82, 1 << 63), 1009),
         ("2^64 - 1", announced(0x82, u64::MAX), 1009),
         ("2^63 in a fragment", announced(0x02, 1 << 63), 1009),
-        ("2^63 after a fragment", [frame(0x02, b"x"), announced(0x00, 1 << 63)].concat(), 1009),
+        (
+            "2^63 after a fragment",
+            [frame(0x02, b"x"), announced(0x00, 1 << 63)].concat(),
+            1009,
+        ),
         ("16 MiB + 1", frame(0x82, &vec![0; (16 << 20) + 1]), 1009),
-        ("16 MiB + 1 in fragments", [fragment, frame(0x80, b"x")].concat(), 1009),
+        (
+            "16 MiB + 1 in fragments",
+            [fragment, frame(0x80, b"x")].concat(),
+            1009,
+        ),
     ]);
 }
 
@@ -101,7 +135,11 @@ fn text() {
     each_is_closed_with(&[
         ("text", frame(0x81, b"text"), 1003),
         ("empty text", frame(0x81, b""), 1003),
-        ("text in fragments", [frame(0x01, b"te"), frame(0x80, b"xt")].concat(), 1003),
+        (
+            "text in fragments",
+            [frame(0x01, b"te"), frame(0x80, b"xt")].concat(),
+            1003,
+        ),
         ("text that is not UTF-8", frame(0x81, &[0xFF]), 1007),
     ]);
 }

@@ -15,7 +15,11 @@ fn served_at_once(relay: &Relay, issuer: &Issuer) {
     let mut client = relay.connect(&token);
     client.send("served");
     assert_eq!(client.receive(), b"served");
-    assert!(asked.elapsed() < AT_ONCE, "served after {:?}", asked.elapsed());
+    assert!(
+        asked.elapsed() < AT_ONCE,
+        "served after {:?}",
+        asked.elapsed()
+    );
     client.close();
 }
 
@@ -27,13 +31,17 @@ fn rest(stream: &mut TcpStream) -> String {
 }
 
 fn status(answer: &str) -> &str {
-    answer.strip_prefix("HTTP/1.1 ").map_or(answer, |rest| &rest[..3])
+    answer
+        .strip_prefix("HTTP/1.1 ")
+        .map_or(answer, |rest| &rest[..3])
 }
 
 #[test]
 fn a_thousand_silent_connections() {
     let issuer = Issuer::start();
-    let relay = Setup::new(&issuer).set("HANDSHAKE_TIMEOUT_SECS", "600").start();
+    let relay = Setup::new(&issuer)
+        .set("HANDSHAKE_TIMEOUT_SECS", "600")
+        .start();
     let before = relay.at_rest();
     let mut silent: Vec<TcpStream> = (0..1000).map(|_| relay.tcp()).collect();
     served_at_once(&relay, &issuer);
@@ -45,9 +53,15 @@ fn a_thousand_silent_connections() {
     }
     // The youngest are still waited for.
     let youngest = silent.last_mut().unwrap();
-    youngest.write_all(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n").unwrap();
+    youngest
+        .write_all(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n")
+        .unwrap();
     assert_eq!(status(&rest(youngest)), "200");
-    assert!(relay.resources().0 <= before.0 + 256, "{} threads", relay.resources().0);
+    assert!(
+        relay.resources().0 <= before.0 + 256,
+        "{} threads",
+        relay.resources().0
+    );
     drop(silent);
     relay.back_to(before);
 }
@@ -56,7 +70,9 @@ fn a_thousand_silent_connections() {
 #[test]
 fn sessions_survive_a_flood() {
     let issuer = Issuer::start();
-    let relay = Setup::new(&issuer).set("HANDSHAKE_TIMEOUT_SECS", "600").start();
+    let relay = Setup::new(&issuer)
+        .set("HANDSHAKE_TIMEOUT_SECS", "600")
+        .start();
     let mut client = relay.connect(&issuer.token());
     let silent: Vec<TcpStream> = (0..600).map(|_| relay.tcp()).collect();
     served_at_once(&relay, &issuer);
@@ -69,7 +85,9 @@ fn sessions_survive_a_flood() {
 #[test]
 fn a_thousand_halves() {
     let issuer = Issuer::start();
-    let relay = Setup::new(&issuer).set("HANDSHAKE_TIMEOUT_SECS", "600").start();
+    let relay = Setup::new(&issuer)
+        .set("HANDSHAKE_TIMEOUT_SECS", "600")
+        .start();
     let before = relay.at_rest();
     let halves: Vec<TcpStream> = (0..1000)
         .map(|_| {
@@ -86,9 +104,16 @@ fn a_thousand_halves() {
 #[test]
 fn half_a_head_is_given_up_in_time() {
     let issuer = Issuer::start();
-    let relay = Setup::new(&issuer).set("HANDSHAKE_TIMEOUT_SECS", "1").start();
+    let relay = Setup::new(&issuer)
+        .set("HANDSHAKE_TIMEOUT_SECS", "1")
+        .start();
     let before = relay.at_rest();
-    for half in ["", "G", "GET /relay HTTP/1.1\r\nHost: relay\r\n", "\r\n\r\n"] {
+    for half in [
+        "",
+        "G",
+        "GET /relay HTTP/1.1\r\nHost: relay\r\n",
+        "\r\n\r\n",
+    ] {
         let answer = relay.exchange(half.as_bytes());
         assert_eq!(status(&answer), "408", "{half:?}: {answer}");
     }
@@ -99,7 +124,9 @@ fn half_a_head_is_given_up_in_time() {
 #[test]
 fn byte_after_byte_is_given_up_in_time() {
     let issuer = Issuer::start();
-    let relay = Setup::new(&issuer).set("HANDSHAKE_TIMEOUT_SECS", "2").start();
+    let relay = Setup::new(&issuer)
+        .set("HANDSHAKE_TIMEOUT_SECS", "2")
+        .start();
     let before = relay.at_rest();
     let slow: Vec<TcpStream> = (0..50).map(|_| relay.tcp()).collect();
     served_at_once(&relay, &issuer);
@@ -107,7 +134,9 @@ fn byte_after_byte_is_given_up_in_time() {
         for mut stream in slow {
             scope.spawn(move || {
                 let start = Instant::now();
-                stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+                stream
+                    .set_read_timeout(Some(Duration::from_millis(100)))
+                    .unwrap();
                 for byte in upgrade_request(&"X: y\r\n".repeat(100)).bytes() {
                     let _ = stream.write_all(&[byte]);
                     match stream.read(&mut [0; 12]) {
@@ -136,7 +165,11 @@ fn heads_that_are_too_big() {
         // It may hang up on the way.
         let _ = stream.write_all(head.as_bytes());
         let answer = rest(&mut stream);
-        assert!(["431", "400"].contains(&status(&answer)), "{:.20}: {answer}", head);
+        assert!(
+            ["431", "400"].contains(&status(&answer)),
+            "{:.20}: {answer}",
+            head
+        );
     }
     let almost = upgrade_request(&format!("X: {}\r\n", "y".repeat(16000)));
     assert_eq!(status(&relay.exchange(almost.as_bytes())), "401");
@@ -153,15 +186,31 @@ fn bytes_that_are_not_this_protocol() {
     let mut token = with("Authorization: Bearer x\r\n");
     *token.iter_mut().rfind(|byte| **byte == b'x').unwrap() = 0xFF;
     let cases: [(&str, Vec<u8>, &str); 12] = [
-        ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".into(), "400"),
-        ("TLS", b"\x16\x03\x01\x00\xC8\x01\x00\x00\xC4\x03\x03".into(), "400"),
+        (
+            "HTTP/2",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".into(),
+            "400",
+        ),
+        (
+            "TLS",
+            b"\x16\x03\x01\x00\xC8\x01\x00\x00\xC4\x03\x03".into(),
+            "400",
+        ),
         ("SSH", b"SSH-2.0-OpenSSH_9.2\r\n\r\n".into(), "400"),
         ("HTTP/0.9", b"GET /relay\r\n\r\n".into(), "400"),
         ("HTTP/1.0", old.into(), "426"),
         ("NUL in a name", with("X\0: y\r\n"), "400"),
         ("NUL in a value", with("X: \0\r\n"), "400"),
-        ("NUL in the path", b"GET /rel\0ay HTTP/1.1\r\n\r\n".into(), "400"),
-        ("not UTF-8 in the path", b"GET /\xFF HTTP/1.1\r\n\r\n".into(), "400"),
+        (
+            "NUL in the path",
+            b"GET /rel\0ay HTTP/1.1\r\n\r\n".into(),
+            "400",
+        ),
+        (
+            "not UTF-8 in the path",
+            b"GET /\xFF HTTP/1.1\r\n\r\n".into(),
+            "400",
+        ),
         ("not UTF-8 in a token", token, "401"),
         ("a folded line", with("X: a\r\n b\r\n"), "400"),
         ("no colon", with("Authorization\r\n"), "400"),
@@ -178,7 +227,11 @@ fn two_authorizations() {
     let issuer = Issuer::start();
     let relay = Relay::start(&issuer);
     let good = format!("Authorization: Bearer {}\r\n", issuer.token());
-    for other in ["Authorization: Bearer x\r\n", "authorization: Basic eDp5\r\n", &good] {
+    for other in [
+        "Authorization: Bearer x\r\n",
+        "authorization: Basic eDp5\r\n",
+        &good,
+    ] {
         for headers in [format!("{good}{other}"), format!("{other}{good}")] {
             assert_eq!(status(&relay.upgrade(&headers)), "400", "{headers}");
         }
@@ -192,7 +245,11 @@ fn a_request_behind_a_refused_one() {
     let relay = Relay::start(&issuer);
     let good = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
     let health = "GET /healthz HTTP/1.1\r\nHost: relay\r\nContent-Length: 600\r\n\r\n";
-    for first in [health, &upgrade_request("Authorization: Bearer x\r\n"), "x\r\n\r\n"] {
+    for first in [
+        health,
+        &upgrade_request("Authorization: Bearer x\r\n"),
+        "x\r\n\r\n",
+    ] {
         let answer = relay.exchange(format!("{first}{good}").as_bytes());
         assert_eq!(answer.matches("Content-Length: ").count(), 1, "{answer}");
         assert_ne!(status(&answer), "101");
@@ -213,7 +270,10 @@ fn frames_behind_the_head() {
     let answer = rest(&mut stream);
     assert_eq!(status(&answer), "101");
     relay.log.wait("reason=client-closed detail=\"\" ");
-    assert!(relay.log.wait("session ended").contains(" bytes_in=5 "), "{answer:?}");
+    assert!(
+        relay.log.wait("session ended").contains(" bytes_in=5 "),
+        "{answer:?}"
+    );
 }
 
 /// Whoever was refused and does not hang up is in nobody's way.
@@ -224,7 +284,9 @@ fn refused_clients_that_stay() {
     let before = relay.at_rest();
     let stay = || {
         let mut stream = relay.tcp();
-        stream.write_all(b"GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n").unwrap();
+        stream
+            .write_all(b"GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n")
+            .unwrap();
         stream
     };
     let refused: Vec<TcpStream> = (0..400).map(|_| stay()).collect();

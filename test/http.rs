@@ -18,20 +18,37 @@ fn refused(relay: &Relay, request: impl AsRef<[u8]>, status: &str, headers: &[&s
     let about = format!("{request:.300}\nwas answered\n{answer}and logged\n{line}");
     let body = check_head(&answer, status, headers, &about);
     assert!(body.contains(says), "no {says:?}: {about}");
-    assert_eq!(body.find('\n'), Some(body.len() - 1), "not one line: {about}");
-    assert!(line.contains(&format!(" status={} reason=\"", &status[..3])), "{about}");
+    assert_eq!(
+        body.find('\n'),
+        Some(body.len() - 1),
+        "not one line: {about}"
+    );
+    assert!(
+        line.contains(&format!(" status={} reason=\"", &status[..3])),
+        "{about}"
+    );
 }
 
 /// Compares the head of an answer, in whatever order its headers are, and returns the body.
 fn check_head<'a>(answer: &'a str, status: &str, headers: &[&str], about: &str) -> &'a str {
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no head: {about}"));
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .unwrap_or_else(|| panic!("no head: {about}"));
     let lower = |line: &str| match line.split_once(": ") {
         Some((name, value)) => format!("{}: {value}", name.to_lowercase()),
         None => line.to_owned(),
     };
     let mut head: Vec<_> = head.split("\r\n").map(lower).collect();
-    let (status, length) = (format!("HTTP/1.1 {status}"), format!("content-length: {}", body.len()));
-    let mut expected = vec![&status, "content-type: text/plain; charset=utf-8", &length, "connection: close"];
+    let (status, length) = (
+        format!("HTTP/1.1 {status}"),
+        format!("content-length: {}", body.len()),
+    );
+    let mut expected = vec![
+        &status,
+        "content-type: text/plain; charset=utf-8",
+        &length,
+        "connection: close",
+    ];
     expected.extend(headers);
     head[1..].sort();
     expected[1..].sort();
@@ -47,7 +64,9 @@ fn get(path: &str, headers: &str) -> String {
 /// The head of the 101, or of what came instead.
 fn upgraded(relay: &Relay, headers: &str) -> String {
     let mut stream = relay.tcp();
-    stream.write_all(upgrade_request(headers).as_bytes()).unwrap();
+    stream
+        .write_all(upgrade_request(headers).as_bytes())
+        .unwrap();
     read_head(&mut stream)
 }
 
@@ -57,7 +76,10 @@ fn healthz() {
     let answer = relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
     assert_eq!(check_head(&answer, "200 OK", &[], &answer), "ok\n");
     let head = answer.strip_suffix("ok\n").unwrap();
-    assert_eq!(relay.exchange(b"HEAD /healthz HTTP/1.1\r\nHost: relay\r\n\r\n"), head);
+    assert_eq!(
+        relay.exchange(b"HEAD /healthz HTTP/1.1\r\nHost: relay\r\n\r\n"),
+        head
+    );
 }
 
 #[test]
@@ -68,7 +90,9 @@ fn a_good_token_opens_a_session() {
     client.send("hello");
     assert_eq!(client.receive(), b"hello");
     client.close();
-    relay.log.wait("session ended session=1 reason=client-closed");
+    relay
+        .log
+        .wait("session ended session=1 reason=client-closed");
 }
 
 #[test]
@@ -78,9 +102,18 @@ fn switching_protocols() {
     let authorization = format!("Authorization: Bearer {}\r\n", issuer.token());
     let rows = [
         ("", ""),
-        ("Sec-WebSocket-Protocol: binary\r\n", "sec-websocket-protocol: binary\r\n"),
-        ("Sec-WebSocket-Protocol: mqtt, binary\r\n", "sec-websocket-protocol: binary\r\n"),
-        ("Sec-WebSocket-Protocol: mqtt\r\nSec-WebSocket-Protocol: binary\r\n", "sec-websocket-protocol: binary\r\n"),
+        (
+            "Sec-WebSocket-Protocol: binary\r\n",
+            "sec-websocket-protocol: binary\r\n",
+        ),
+        (
+            "Sec-WebSocket-Protocol: mqtt, binary\r\n",
+            "sec-websocket-protocol: binary\r\n",
+        ),
+        (
+            "Sec-WebSocket-Protocol: mqtt\r\nSec-WebSocket-Protocol: binary\r\n",
+            "sec-websocket-protocol: binary\r\n",
+        ),
         ("Sec-WebSocket-Protocol: mqtt, binary2\r\n", ""),
     ];
     for (offered, chosen) in rows {
@@ -88,7 +121,11 @@ fn switching_protocols() {
             "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
              sec-websocket-accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n{chosen}\r\n"
         );
-        assert_eq!(upgraded(&relay, &format!("{offered}{authorization}")), expected, "{offered}");
+        assert_eq!(
+            upgraded(&relay, &format!("{offered}{authorization}")),
+            expected,
+            "{offered}"
+        );
     }
 }
 
@@ -99,11 +136,19 @@ fn refusals() {
     let token = issuer.token();
     let stranger = issuer.token_with(json!({"repository_owner": "somebody-else"}));
     let bearer = |token: &str| format!("Authorization: Bearer {token}\r\n");
-    let basic = |pair: &str| format!("Authorization: Basic {}\r\n", Base64::encode_to_string(pair).unwrap());
+    let basic = |pair: &str| {
+        format!(
+            "Authorization: Basic {}\r\n",
+            Base64::encode_to_string(pair).unwrap()
+        )
+    };
     let good = upgrade_request(&bearer(&token));
     let padded = |length: usize| {
         let head = get("/nothing", "Padding: \r\n");
-        head.replace("Padding: ", &format!("Padding: {}", "p".repeat(length - head.len())))
+        head.replace(
+            "Padding: ",
+            &format!("Padding: {}", "p".repeat(length - head.len())),
+        )
     };
     let mut rows: Vec<(String, &str, &[&str], &str)> = vec![
         (get("/", ""), "404 Not Found", &[], "/relay"),
@@ -111,25 +156,100 @@ fn refusals() {
         (get("/healthz/", ""), "404 Not Found", &[], "/relay"),
         (get("/RELAY", ""), "404 Not Found", &[], "/relay"),
         (padded(16 << 10), "404 Not Found", &[], "/relay"),
-        (good.replace("GET", "POST"), "405 Method Not Allowed", &["allow: GET"], "method"),
-        (good.replace("GET", "get"), "405 Method Not Allowed", &["allow: GET"], "method"),
-        ("PUT /healthz HTTP/1.1\r\n\r\n".into(), "405 Method Not Allowed", &["allow: GET, HEAD"], "method"),
+        (
+            good.replace("GET", "POST"),
+            "405 Method Not Allowed",
+            &["allow: GET"],
+            "method",
+        ),
+        (
+            good.replace("GET", "get"),
+            "405 Method Not Allowed",
+            &["allow: GET"],
+            "method",
+        ),
+        (
+            "PUT /healthz HTTP/1.1\r\n\r\n".into(),
+            "405 Method Not Allowed",
+            &["allow: GET, HEAD"],
+            "method",
+        ),
         ("junk\r\n\r\n".into(), "400 Bad Request", &[], "HTTP/1.1"),
-        ("\u{16}\u{3}\u{1}\u{2}\u{0}".into(), "400 Bad Request", &[], "HTTP/1.1"),
-        ("GET /relay HTTP/2.0\r\n\r\n".into(), "400 Bad Request", &[], "HTTP/1.1"),
-        (get("/relay", "no colon\r\n"), "400 Bad Request", &[], "HTTP/1.1"),
-        (get("/relay", "Na me: value\r\n"), "400 Bad Request", &[], "HTTP/1.1"),
-        (get("/relay", "Name: va\0lue\r\n"), "400 Bad Request", &[], "HTTP/1.1"),
-        (upgrade_request(&(bearer(&token) + &bearer(&token))), "400 Bad Request", &[], "Authorization"),
-        (padded((16 << 10) + 1), "431 Request Header Fields Too Large", &[], "16 KiB"),
-        ("p".repeat(20 << 10), "431 Request Header Fields Too Large", &[], "16 KiB"),
-        (upgrade_request(&bearer("junk")), "401 Unauthorized", &[INVALID], "token"),
-        (upgrade_request(&basic("user:junk")), "401 Unauthorized", &[INVALID], "token"),
-        (upgrade_request(&bearer(&stranger)), "403 Forbidden", &[], "token"),
+        (
+            "\u{16}\u{3}\u{1}\u{2}\u{0}".into(),
+            "400 Bad Request",
+            &[],
+            "HTTP/1.1",
+        ),
+        (
+            "GET /relay HTTP/2.0\r\n\r\n".into(),
+            "400 Bad Request",
+            &[],
+            "HTTP/1.1",
+        ),
+        (
+            get("/relay", "no colon\r\n"),
+            "400 Bad Request",
+            &[],
+            "HTTP/1.1",
+        ),
+        (
+            get("/relay", "Na me: value\r\n"),
+            "400 Bad Request",
+            &[],
+            "HTTP/1.1",
+        ),
+        (
+            get("/relay", "Name: va\0lue\r\n"),
+            "400 Bad Request",
+            &[],
+            "HTTP/1.1",
+        ),
+        (
+            upgrade_request(&(bearer(&token) + &bearer(&token))),
+            "400 Bad Request",
+            &[],
+            "Authorization",
+        ),
+        (
+            padded((16 << 10) + 1),
+            "431 Request Header Fields Too Large",
+            &[],
+            "16 KiB",
+        ),
+        (
+            "p".repeat(20 << 10),
+            "431 Request Header Fields Too Large",
+            &[],
+            "16 KiB",
+        ),
+        (
+            upgrade_request(&bearer("junk")),
+            "401 Unauthorized",
+            &[INVALID],
+            "token",
+        ),
+        (
+            upgrade_request(&basic("user:junk")),
+            "401 Unauthorized",
+            &[INVALID],
+            "token",
+        ),
+        (
+            upgrade_request(&bearer(&stranger)),
+            "403 Forbidden",
+            &[],
+            "token",
+        ),
     ];
     for path in ["/relay", "/relay?x=y", "http://relay/relay"] {
         rows.push((get(path, ""), "426 Upgrade Required", UPGRADE, "WebSocket"));
-        rows.push((get(path, &bearer(&token)), "426 Upgrade Required", UPGRADE, "WebSocket"));
+        rows.push((
+            get(path, &bearer(&token)),
+            "426 Upgrade Required",
+            UPGRADE,
+            "WebSocket",
+        ));
     }
     for (part, instead) in [
         ("HTTP/1.1", "HTTP/1.0"),
@@ -144,7 +264,12 @@ fn refusals() {
         ("dGhlIHNhbXBsZSBub25jZQ==", "%%%%IHNhbXBsZSBub25jZQ=="),
     ] {
         assert!(good.contains(part));
-        rows.push((good.replace(part, instead), "426 Upgrade Required", UPGRADE, "WebSocket"));
+        rows.push((
+            good.replace(part, instead),
+            "426 Upgrade Required",
+            UPGRADE,
+            "WebSocket",
+        ));
     }
     for authorization in [
         "".into(),
@@ -157,7 +282,12 @@ fn refusals() {
         format!("Cookie: {token}\r\n"),
         basic(&token),
     ] {
-        rows.push((upgrade_request(&authorization), "401 Unauthorized", &[BEARER], "token"));
+        rows.push((
+            upgrade_request(&authorization),
+            "401 Unauthorized",
+            &[BEARER],
+            "token",
+        ));
     }
     for (request, status, headers, says) in &rows {
         refused(&relay, request, status, headers, says);
@@ -166,7 +296,10 @@ fn refusals() {
     assert_eq!(log.matches("refused ").count(), rows.len());
     assert!(!log.contains("session opened"));
     for token in [token, stranger] {
-        assert!(token.split('.').all(|part| !log.contains(part)), "a token in the log");
+        assert!(
+            token.split('.').all(|part| !log.contains(part)),
+            "a token in the log"
+        );
     }
 }
 
@@ -177,10 +310,16 @@ fn the_answer_to_head_is_that_to_get_without_its_body() {
         let got = relay.exchange(get(path, "").as_bytes());
         let (head, body) = got.split_at(got.find("\r\n\r\n").unwrap() + 4);
         assert!(head.starts_with(&format!("HTTP/1.1 {status} ")) && !body.is_empty());
-        assert_eq!(relay.exchange(get(path, "").replace("GET", "HEAD").as_bytes()), head);
+        assert_eq!(
+            relay.exchange(get(path, "").replace("GET", "HEAD").as_bytes()),
+            head
+        );
     }
     let head = relay.exchange(b"HEAD /relay HTTP/1.1\r\n\r\n");
-    assert!(head.starts_with("HTTP/1.1 405 ") && head.contains("\r\nAllow: GET\r\n"), "{head}");
+    assert!(
+        head.starts_with("HTTP/1.1 405 ") && head.contains("\r\nAllow: GET\r\n"),
+        "{head}"
+    );
     assert!(head.ends_with("\r\n\r\n"), "a body: {head}");
 }
 
@@ -228,11 +367,20 @@ fn issuer_without_keys() {
 #[test]
 fn no_permit_in_time() {
     let issuer = Issuer::start();
-    let relay = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").set("QUEUE_TIMEOUT_SECS", "1").start();
+    let relay = Setup::new(&issuer)
+        .set("MAX_CONNECTIONS", "1")
+        .set("QUEUE_TIMEOUT_SECS", "1")
+        .start();
     let mut first = relay.connect(&issuer.token());
     let request = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
     let start = Instant::now();
-    refused(&relay, request, "503 Service Unavailable", &[RETRY], "try again");
+    refused(
+        &relay,
+        request,
+        "503 Service Unavailable",
+        &[RETRY],
+        "try again",
+    );
     assert!(start.elapsed() >= Duration::from_secs(1), "it did not wait");
     first.close();
     relay.log.wait("session ended session=1 ");
@@ -259,9 +407,18 @@ fn draining() {
     relay.signal("TERM");
     relay.log.wait("shutting down");
     let request = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
-    refused(&relay, request, "503 Service Unavailable", &[RETRY], "shutting down");
+    refused(
+        &relay,
+        request,
+        "503 Service Unavailable",
+        &[RETRY],
+        "shutting down",
+    );
     let answer = relay.exchange(get("/healthz", "").as_bytes());
-    assert_eq!(check_head(&answer, "503 Service Unavailable", &[], &answer), "draining\n");
+    assert_eq!(
+        check_head(&answer, "503 Service Unavailable", &[], &answer),
+        "draining\n"
+    );
     let head = relay.exchange(get("/healthz", "").replace("GET", "HEAD").as_bytes());
     assert_eq!(head, answer.strip_suffix("draining\n").unwrap());
     client.send("still here");
@@ -281,34 +438,60 @@ fn a_daemon_that_does_not_start() {
         (not_executable.to_str().unwrap(), "ermission denied"),
         ("missing-from-path", "No such file"),
     ] {
-        let relay = Setup::new(&issuer).set("DAEMON_PATH", path).set("MAX_CONNECTIONS", "1").start();
+        let relay = Setup::new(&issuer)
+            .set("DAEMON_PATH", path)
+            .set("MAX_CONNECTIONS", "1")
+            .start();
         // Twice, as the first must give its permit back.
         for _ in 0..2 {
             refused(&relay, &request, "502 Bad Gateway", &[], "nix-daemon");
             let (answer, line) = relay.refused(request.as_bytes());
             assert!(line.contains(path) && line.contains(cause), "{line}");
-            assert!(!answer.contains(path) && !answer.contains(cause), "{answer}");
+            assert!(
+                !answer.contains(path) && !answer.contains(cause),
+                "{answer}"
+            );
         }
     }
 }
 
 #[test]
 fn a_head_that_does_not_come_in_time() {
-    let relay = Setup::new(&Issuer::start()).set("HANDSHAKE_TIMEOUT_SECS", "1").start();
+    let relay = Setup::new(&Issuer::start())
+        .set("HANDSHAKE_TIMEOUT_SECS", "1")
+        .start();
     refused(&relay, "", "408 Request Timeout", &[], "in time");
-    refused(&relay, "GET /healthz HTTP/1.1\r\n", "408 Request Timeout", &[], "in time");
+    refused(
+        &relay,
+        "GET /healthz HTTP/1.1\r\n",
+        "408 Request Timeout",
+        &[],
+        "in time",
+    );
 }
 
 #[test]
 fn a_head_that_trickles_does_not_come_in_time_either() {
-    let relay = Setup::new(&Issuer::start()).set("HANDSHAKE_TIMEOUT_SECS", "1").start();
+    let relay = Setup::new(&Issuer::start())
+        .set("HANDSHAKE_TIMEOUT_SECS", "1")
+        .start();
     let mut stream = relay.tcp();
-    stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-    stream.write_all(b"GET /healthz HTTP/1.1\r\nPadding: ").unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_millis(50)))
+        .unwrap();
+    stream
+        .write_all(b"GET /healthz HTTP/1.1\r\nPadding: ")
+        .unwrap();
     let mut answer = Vec::new();
-    eventually("the relay has enough of it", LIMIT, || match stream.read_to_end(&mut answer) {
-        Err(e) if e.kind() == ErrorKind::WouldBlock => stream.write_all(b"p").is_err(),
-        end => end.is_ok(),
+    eventually("the relay has enough of it", LIMIT, || {
+        match stream.read_to_end(&mut answer) {
+            Err(e) if e.kind() == ErrorKind::WouldBlock => stream.write_all(b"p").is_err(),
+            end => end.is_ok(),
+        }
     });
-    assert!(answer.starts_with(b"HTTP/1.1 408 "), "{}", answer.escape_ascii());
+    assert!(
+        answer.starts_with(b"HTTP/1.1 408 "),
+        "{}",
+        answer.escape_ascii()
+    );
 }

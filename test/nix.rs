@@ -27,7 +27,10 @@ fn a_failing_build_shows_its_log_and_fails() {
     let file = runner.derivation("bad", "echo this went wrong; exit 3");
     let output = runner.build(&file).output().unwrap();
     let (_, log) = texts(&output);
-    assert!(log.contains("bad> this went wrong") && log.contains("failed with exit code 3"), "{log}");
+    assert!(
+        log.contains("bad> this went wrong") && log.contains("failed with exit code 3"),
+        "{log}"
+    );
     assert_eq!(output.status.code(), Some(1));
 }
 
@@ -36,15 +39,25 @@ fn copies_64_mib_each_way() {
     let farm = Farm::start();
     let (runner, other) = (farm.runner(), farm.runner());
     let mut random = Vec::new();
-    fs::File::open("/dev/urandom").unwrap().take(64 << 20).read_to_end(&mut random).unwrap();
+    fs::File::open("/dev/urandom")
+        .unwrap()
+        .take(64 << 20)
+        .read_to_end(&mut random)
+        .unwrap();
     let source = Dir::new();
     fs::write(source.path("random"), &random).unwrap();
     let path = runner.run(&["store", "add-file", source.path("random").to_str().unwrap()]);
     let path = path.trim();
     runner.run(&["copy", "--no-check-sigs", "--to", &runner.remote(), path]);
-    assert!(fs::read(farm.file(path)).unwrap() == random, "it changed on the way there");
+    assert!(
+        fs::read(farm.file(path)).unwrap() == random,
+        "it changed on the way there"
+    );
     other.run(&["copy", "--no-check-sigs", "--from", &other.remote(), path]);
-    assert!(fs::read(other.file(path)).unwrap() == random, "it changed on the way back");
+    assert!(
+        fs::read(other.file(path)).unwrap() == random,
+        "it changed on the way back"
+    );
     other.run(&["store", "verify", "--no-trust", path]);
 }
 
@@ -57,10 +70,20 @@ fn store_ping_and_path_info() {
     let file = runner.derivation("known", "echo > $out");
     let path = runner.out_path(&file);
     let info = ["path-info", "--store", &remote, &path];
-    assert!(!runner.nix(&info).status().unwrap().success(), "it is not built yet");
+    assert!(
+        !runner.nix(&info).status().unwrap().success(),
+        "it is not built yet"
+    );
     assert!(runner.build(&file).status().unwrap().success());
     assert_eq!(runner.run(&info).trim(), path);
-    assert!(!runner.nix(&["path-info", &path]).status().unwrap().success(), "the stores are one");
+    assert!(
+        !runner
+            .nix(&["path-info", &path])
+            .status()
+            .unwrap()
+            .success(),
+        "the stores are one"
+    );
 }
 
 /// Each part of each build is a session of its own, and waits until all twelve are there.
@@ -74,10 +97,21 @@ fn four_builds_at_once_over_several_connections_each() {
     let runners: Vec<Runner> = (0..4).map(|_| farm.runner()).collect();
     let builds = runners.iter().enumerate().map(|(number, runner)| {
         let parts = (0..3).map(|part| derivation(&format!("part-{part}-of-{number}"), &script));
-        let parts = parts.map(|part| format!("({part})")).collect::<Vec<_>>().join(" ");
+        let parts = parts
+            .map(|part| format!("({part})"))
+            .collect::<Vec<_>>()
+            .join(" ");
         let builders = format!("{} - - 3", runner.remote());
         let file = runner.expression("parts", &format!("[ {parts} ]"));
-        let arguments = ["build", "-j0", "--no-link", "--builders", &builders, "-f", &file];
+        let arguments = [
+            "build",
+            "-j0",
+            "--no-link",
+            "--builders",
+            &builders,
+            "-f",
+            &file,
+        ];
         runner.nix(&arguments).spawn().unwrap()
     });
     for mut build in builds.collect::<Vec<_>>() {
@@ -97,9 +131,11 @@ fn a_build_ends_when(break_off: impl FnOnce(&mut std::process::Child, &Proxy)) {
     Log::of(build.stderr.take().unwrap()).wait("> started");
     assert!(anyone_with(&format!("name={mark}")) && !farm.relay.children().is_empty());
     break_off(&mut build, &proxy);
-    eventually("builder, shell and nix-daemon are gone", Duration::from_secs(15), || {
-        !anyone_with(&format!("name={mark}")) && farm.relay.children().is_empty()
-    });
+    eventually(
+        "builder, shell and nix-daemon are gone",
+        Duration::from_secs(15),
+        || !anyone_with(&format!("name={mark}")) && farm.relay.children().is_empty(),
+    );
     assert!(!wait(&mut build, LIMIT).success());
     let token = farm.issuer.token();
     let _both_permits = [farm.relay.connect(&token), farm.relay.connect(&token)];
@@ -127,7 +163,10 @@ fn a_build_ends_when_the_client_is_killed() {
             let name = fs::read_to_string(format!("/proc/{id}/comm"));
             name.is_ok_and(|name| name.trim() == "websocat")
         };
-        signal("KILL", descendants(nix.id()).into_iter().find(is_client).unwrap());
+        signal(
+            "KILL",
+            descendants(nix.id()).into_iter().find(is_client).unwrap(),
+        );
     });
 }
 

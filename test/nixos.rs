@@ -7,8 +7,7 @@ use std::fs;
 use std::process::Command;
 
 /// The files that Nix sees, where nothing else is.
-const SOURCES: [&str; 10] = [
-    ".rustfmt.toml",
+const SOURCES: [&str; 9] = [
     "Cargo.lock",
     "Cargo.toml",
     "client.sh",
@@ -23,7 +22,11 @@ const SOURCES: [&str; 10] = [
 /// A machine with Nix and this flake, and the reference of that.
 fn flake() -> (Runner, Dir, String) {
     let source = Dir::new();
-    let status = Command::new("cp").arg("-r").args(SOURCES.map(project)).arg(source.path("")).status();
+    let status = Command::new("cp")
+        .arg("-r")
+        .args(SOURCES.map(project))
+        .arg(source.path(""))
+        .status();
     assert!(status.unwrap().success());
     let reference = format!("path:{}", source.path("").display());
     (Runner::alone(), source, reference)
@@ -33,8 +36,16 @@ fn flake() -> (Runner, Dir, String) {
 fn module() -> Value {
     let home = Dir::new();
     let mut command = job("nix-instantiate", &home);
-    command.args(["--eval", "--strict", "--json", "--expr", "import ./test/module.nix { }"]);
-    command.env("NIX_REMOTE", "dummy://").current_dir(project(""));
+    command.args([
+        "--eval",
+        "--strict",
+        "--json",
+        "--expr",
+        "import ./test/module.nix { }",
+    ]);
+    command
+        .env("NIX_REMOTE", "dummy://")
+        .current_dir(project(""));
     if let Some(lib) = std::env::var_os("NIXPKGS_LIB") {
         command.env("NIXPKGS_LIB", lib);
     }
@@ -45,8 +56,25 @@ fn module() -> Value {
 #[test]
 fn every_expression_parses() {
     let mut command = Command::new("find");
-    command.args(["flake.nix", "nix", "test", "-name", "*.nix", "-exec", "nix-instantiate", "--parse", "{}", "+"]);
-    let (out, log) = texts(&command.env("NIX_REMOTE", "dummy://").current_dir(project("")).output().unwrap());
+    command.args([
+        "flake.nix",
+        "nix",
+        "test",
+        "-name",
+        "*.nix",
+        "-exec",
+        "nix-instantiate",
+        "--parse",
+        "{}",
+        "+",
+    ]);
+    let (out, log) = texts(
+        &command
+            .env("NIX_REMOTE", "dummy://")
+            .current_dir(project(""))
+            .output()
+            .unwrap(),
+    );
     assert!(out.lines().count() > 10 && log.is_empty(), "{log}");
 }
 
@@ -71,7 +99,13 @@ fn the_relay_takes_what_the_module_writes() {
 #[test]
 fn the_lock_is_accepted_as_it_is() {
     let (runner, source, flake) = flake();
-    let told = runner.run(&["flake", "metadata", "--json", "--no-update-lock-file", &flake]);
+    let told = runner.run(&[
+        "flake",
+        "metadata",
+        "--json",
+        "--no-update-lock-file",
+        &flake,
+    ]);
     let told: Value = serde_json::from_str(&told).unwrap();
     let lock = fs::read_to_string(source.path("flake.lock")).unwrap();
     assert_eq!(told["locks"], serde_json::from_str::<Value>(&lock).unwrap());
@@ -84,22 +118,47 @@ fn the_lock_is_accepted_as_it_is() {
 fn the_flake_has_its_outputs() {
     let (runner, source, flake) = flake();
     let stand_in = format!("path:{}", source.path("test/support/nixpkgs").display());
-    let with = |command: &[&str]| runner.run(&[command, &["--override-input", "nixpkgs", &stand_in, &flake]].concat());
+    let with = |command: &[&str]| {
+        runner.run(&[command, &["--override-input", "nixpkgs", &stand_in, &flake]].concat())
+    };
     with(&["flake", "check", "--no-build"]);
     let shown: Value = serde_json::from_str(&with(&["flake", "show", "--json"])).unwrap();
-    let names = |output: &Value| output.as_object().unwrap().keys().cloned().collect::<Vec<_>>().join(" ");
+    let names = |output: &Value| {
+        output
+            .as_object()
+            .unwrap()
+            .keys()
+            .cloned()
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
     for system in ["x86_64-linux", "aarch64-linux"] {
         let packages = &shown["packages"][system];
-        assert_eq!(names(packages), "default nix-relay nix-relay-client nix-relay-static");
-        assert_eq!(packages["default"]["name"], concat!("nix-relay-", env!("CARGO_PKG_VERSION")));
-        assert_eq!(names(&shown["checks"][system]), "lints module nix-relay nix-relay-client nixos");
+        assert_eq!(
+            names(packages),
+            "default nix-relay nix-relay-client nix-relay-static"
+        );
+        assert_eq!(
+            packages["default"]["name"],
+            concat!("nix-relay-", env!("CARGO_PKG_VERSION"))
+        );
+        assert_eq!(
+            names(&shown["checks"][system]),
+            "lints module nix-relay nix-relay-client nixos"
+        );
         assert_eq!(names(&shown["devShells"][system]), "default");
         assert_eq!(names(&shown["apps"][system]), "default demo");
     }
     for system in ["x86_64-darwin", "aarch64-darwin"] {
-        assert_eq!(names(&shown["packages"][system]), "default nix-relay-client");
+        assert_eq!(
+            names(&shown["packages"][system]),
+            "default nix-relay-client"
+        );
     }
-    assert_eq!(names(&shown["formatter"]), "aarch64-darwin aarch64-linux x86_64-darwin x86_64-linux");
+    assert_eq!(
+        names(&shown["formatter"]),
+        "aarch64-darwin aarch64-linux x86_64-darwin x86_64-linux"
+    );
     assert_eq!(names(&shown["nixosModules"]), "default nix-relay");
     assert_eq!(names(&shown["overlays"]), "default");
 }
@@ -110,13 +169,22 @@ fn systemd_takes_the_unit_and_finds_it_safe() {
     let dir = Dir::new();
     let unit = fs::read_to_string(project("nix/nix-relay.service")).unwrap();
     let program = env!("CARGO_BIN_EXE_nix-relay");
-    let file = dir.write("nix-relay.service", &unit.replace("/usr/local/bin/nix-relay", program));
+    let file = dir.write(
+        "nix-relay.service",
+        &unit.replace("/usr/local/bin/nix-relay", program),
+    );
     let analyze = |arguments: &[&str]| {
         let mut command = Command::new("systemd-analyze");
-        command.args(arguments).arg(&file).env("SYSTEMD_UNIT_PATH", format!("{}:", dir.path("").display()));
+        command
+            .args(arguments)
+            .arg(&file)
+            .env("SYSTEMD_UNIT_PATH", format!("{}:", dir.path("").display()));
         let output = command.output().unwrap();
         let (out, log) = texts(&output);
-        assert!(output.status.success() && log.is_empty(), "{arguments:?}\n{out}{log}");
+        assert!(
+            output.status.success() && log.is_empty(),
+            "{arguments:?}\n{out}{log}"
+        );
         out
     };
     analyze(&["verify", "--man=no"]);
@@ -125,13 +193,17 @@ fn systemd_takes_the_unit_and_finds_it_safe() {
     let mut lines = "[Service]\n".to_owned();
     for (key, value) in module()["service"].as_object().unwrap() {
         for value in value.as_array().unwrap_or(&vec![value.clone()]) {
-            let value =
-                value.as_str().map_or(value.to_string(), |text| text.replace("/nix-relay/bin/nix-relay", program));
+            let value = value.as_str().map_or(value.to_string(), |text| {
+                text.replace("/nix-relay/bin/nix-relay", program)
+            });
             lines += &format!("{key}={value}\n");
         }
     }
     fs::create_dir(dir.path("nix-relay.service.d")).unwrap();
     dir.write("nix-relay.service.d/overrides.conf", &lines);
     analyze(&["verify", "--man=no"]);
-    assert_eq!(analyze(&["security", "--offline=yes", "--threshold=15"]), exposure);
+    assert_eq!(
+        analyze(&["security", "--offline=yes", "--threshold=15"]),
+        exposure
+    );
 }

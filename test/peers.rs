@@ -29,10 +29,16 @@ struct Stage {
 
 fn stage() -> Stage {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).set("LISTEN", "0.0.0.0:0").set("KEEPALIVE_SECS", "1");
+    let setup = Setup::new(&issuer)
+        .set("LISTEN", "0.0.0.0:0")
+        .set("KEEPALIVE_SECS", "1");
     let relay = setup.daemon(DAEMON).start();
     let before = relay.at_rest();
-    Stage { issuer, relay, before }
+    Stage {
+        issuer,
+        relay,
+        before,
+    }
 }
 
 impl Stage {
@@ -51,8 +57,18 @@ impl Stage {
             let asked = Instant::now();
             other.send("still served");
             assert_eq!(other.receive(), b"still served");
-            assert!(asked.elapsed() < LIMIT / 6, "served after {:?}", asked.elapsed());
-            if let Some(line) = self.relay.log.text().lines().find(|line| line.contains(&part)) {
+            assert!(
+                asked.elapsed() < LIMIT / 6,
+                "served after {:?}",
+                asked.elapsed()
+            );
+            if let Some(line) = self
+                .relay
+                .log
+                .text()
+                .lines()
+                .find(|line| line.contains(&part))
+            {
                 break line.to_owned();
             }
             assert!(start.elapsed() < LIMIT, "session {number} goes on");
@@ -63,15 +79,25 @@ impl Stage {
 
     fn nothing_is_left(&self) {
         self.relay.back_to(self.before);
-        assert!(self.relay.peak_memory() < 64, "{} MiB", self.relay.peak_memory());
+        assert!(
+            self.relay.peak_memory() < 64,
+            "{} MiB",
+            self.relay.peak_memory()
+        );
     }
 }
 
 #[test]
 fn one_that_stops_in_the_middle() {
     let stage = stage();
-    let parts: [&[u8]; 6] =
-        [b"", &[0x82], &[0x82, 0xFE, 1], &frame(0x82, &[0; 100])[..50], &frame(2, b"x"), &[0x89, 0x84]];
+    let parts: [&[u8]; 6] = [
+        b"",
+        &[0x82],
+        &[0x82, 0xFE, 1],
+        &frame(0x82, &[0; 100])[..50],
+        &frame(2, b"x"),
+        &[0x89, 0x84],
+    ];
     let clients: Vec<Client> = parts
         .iter()
         .map(|part| {
@@ -127,7 +153,10 @@ fn a_daemon_that_stops_reading() {
     let (issuer, dir) = (Issuer::start(), Dir::new());
     let go = dir.path("go");
     assert!(Command::new("mkfifo").arg(&go).status().unwrap().success());
-    let relay = Setup::new(&issuer).daemon(DAEMON).env("GO", go.to_str().unwrap()).start();
+    let relay = Setup::new(&issuer)
+        .daemon(DAEMON)
+        .env("GO", go.to_str().unwrap())
+        .start();
     let mut client = relay.connect(&issuer.token());
     client.send("count\n");
     let (mut socket, sent) = (client.0.get_ref().try_clone().unwrap(), AtomicU64::new(0));
@@ -146,11 +175,17 @@ fn a_daemon_that_stops_reading() {
             other.send("still served");
             assert_eq!(other.receive(), b"still served");
         }
-        assert!(sent.load(Relaxed) < 64 << 20, "{} bytes went somewhere", sent.load(Relaxed));
+        assert!(
+            sent.load(Relaxed) < 64 << 20,
+            "{} bytes went somewhere",
+            sent.load(Relaxed)
+        );
         std::fs::write(&go, "go\n").unwrap();
     });
     client.raw(&frame(0x88, &1000_u16.to_be_bytes()));
-    relay.log.wait(&format!("bytes_in={} ", ALL + "count\n".len() as u64));
+    relay
+        .log
+        .wait(&format!("bytes_in={} ", ALL + "count\n".len() as u64));
     assert!(relay.peak_memory() < 64, "{} MiB", relay.peak_memory());
 }
 
@@ -161,14 +196,21 @@ struct Network {
 }
 
 fn ip(arguments: &str) {
-    let status = Command::new("ip").args(arguments.split(' ')).status().unwrap();
+    let status = Command::new("ip")
+        .args(arguments.split(' '))
+        .status()
+        .unwrap();
     assert!(status.success(), "ip {arguments}: {status}");
 }
 
 /// `ip -n`, which takes more than the network of a namespace and cannot do so in a chroot.
 fn ip_within(name: &str, arguments: &str) {
     let namespace = format!("--net=/run/netns/{name}");
-    let status = Command::new("nsenter").args([&namespace, "ip"]).args(arguments.split(' ')).status().unwrap();
+    let status = Command::new("nsenter")
+        .args([&namespace, "ip"])
+        .args(arguments.split(' '))
+        .status()
+        .unwrap();
     assert!(status.success(), "ip {arguments}: {status}");
 }
 
@@ -180,12 +222,17 @@ impl Network {
         let net = format!("10.213.{}", id % 256);
         let (address, theirs) = (4 * number + 1, 4 * number + 2);
         ip(&format!("netns add {name}"));
-        ip(&format!("link add {name} type veth peer name {name}p netns {name}"));
+        ip(&format!(
+            "link add {name} type veth peer name {name}p netns {name}"
+        ));
         ip(&format!("addr add {net}.{address}/30 dev {name}"));
         ip(&format!("link set {name} up"));
         ip_within(&name, &format!("addr add {net}.{theirs}/30 dev {name}p"));
         ip_within(&name, &format!("link set {name}p up"));
-        Network { name, address: format!("{net}.{address}") }
+        Network {
+            name,
+            address: format!("{net}.{address}"),
+        }
     }
 
     /// From within the namespace: a socket belongs to that in which it was made.
@@ -213,8 +260,12 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        let _ = Command::new("ip").args(["link", "del", &self.name]).status();
-        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = Command::new("ip")
+            .args(["link", "del", &self.name])
+            .status();
+        let _ = Command::new("ip")
+            .args(["netns", "del", &self.name])
+            .status();
     }
 }
 
@@ -229,10 +280,17 @@ fn vanishes(word: &str, then: impl FnOnce(&mut Client)) {
     then(&mut client);
     network.cut();
     let cut = Instant::now();
-    stage.relay.log.wait("session ended session=1 reason=client-gone ");
+    stage
+        .relay
+        .log
+        .wait("session ended session=1 reason=client-gone ");
     // Ten more for what does not end by itself.
     let limit = if word == "stuck" { 14 } else { 4 };
-    assert!(cut.elapsed() < Duration::from_secs(limit + 2), "after {:?}", cut.elapsed());
+    assert!(
+        cut.elapsed() < Duration::from_secs(limit + 2),
+        "after {:?}",
+        cut.elapsed()
+    );
     stage.nothing_is_left();
 }
 
@@ -257,7 +315,11 @@ fn one_that_vanishes_while_the_daemon_writes() {
 #[test]
 fn one_that_vanishes_while_the_daemon_does_not_read() {
     vanishes("stuck", |client| {
-        client.0.get_ref().set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+        client
+            .0
+            .get_ref()
+            .set_write_timeout(Some(Duration::from_secs(1)))
+            .unwrap();
         let message = frame(0x82, &[0; 1 << 20]);
         while client.0.get_mut().write_all(&message).is_ok() {}
     });

@@ -36,7 +36,8 @@ static NGINX: Program = Program {
 
 static HAPROXY: Program = Program {
     name: "haproxy",
-    around: "global\n log stdout format raw local0\ndefaults\n log global\n mode http\n option httplog
+    around:
+        "global\n log stdout format raw local0\ndefaults\n log global\n mode http\n option httplog
         timeout connect 5s\n timeout client 50s\n timeout server 50s\nREADME",
     listen: ("bind :443 ", "bind 127.0.0.1:PORT "),
     start: "exec haproxy -W -f conf",
@@ -47,7 +48,10 @@ static HAPROXY: Program = Program {
 static CADDY: Program = Program {
     name: "caddy",
     around: "{\n admin unix/admin\n auto_https disable_redirects\n}\nREADME",
-    listen: ("relay.example.com {", "https://localhost:PORT {\nbind 127.0.0.1"),
+    listen: (
+        "relay.example.com {",
+        "https://localhost:PORT {\nbind 127.0.0.1",
+    ),
     start: "exec caddy run --adapter caddyfile --config conf",
     ready: "serving initial configuration",
     reload: "caddy reload --force --adapter caddyfile --config conf --address unix/admin",
@@ -96,14 +100,22 @@ impl Running {
     }
 
     /// With more changes to the configuration.
-    fn start_with(program: &'static Program, relays: &[SocketAddr], change: fn(String) -> String) -> Running {
+    fn start_with(
+        program: &'static Program,
+        relays: &[SocketAddr],
+        change: fn(String) -> String,
+    ) -> Running {
         let dir = Dir::new();
         let make = "make='openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes'
             $make -subj /CN=authority -keyout ca.key -out ca.pem
             $make -subj /CN=relay -addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE \
                 -CA ca.pem -CAkey ca.key -keyout relay.key -out relay.pem
             cat relay.pem relay.key >relay-and-key.pem && chmod 755 . && chmod 644 *";
-        let made = Command::new("sh").args(["-c", make]).current_dir(dir.path("")).output().unwrap();
+        let made = Command::new("sh")
+            .args(["-c", make])
+            .current_dir(dir.path(""))
+            .output()
+            .unwrap();
         assert!(made.status.success(), "{}", texts(&made).1);
         let port = net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
         sockopt::set_socket_reuseport(&port, true).unwrap();
@@ -112,9 +124,24 @@ impl Running {
         configure(program, &dir, &port, relays, change);
         let (output, input) = std::io::pipe().unwrap();
         let mut command = Command::new("sh");
-        command.args(["-c", program.start]).current_dir(dir.path("")).env("HOME", dir.path("")).stdin(Stdio::null());
-        let child = command.stdout(input.try_clone().unwrap()).stderr(input).spawn().unwrap();
-        let running = Running { program, change, dir, child, log: Log::of(output), port };
+        command
+            .args(["-c", program.start])
+            .current_dir(dir.path(""))
+            .env("HOME", dir.path(""))
+            .stdin(Stdio::null());
+        let child = command
+            .stdout(input.try_clone().unwrap())
+            .stderr(input)
+            .spawn()
+            .unwrap();
+        let running = Running {
+            program,
+            change,
+            dir,
+            child,
+            log: Log::of(output),
+            port,
+        };
         running.log.wait(program.ready);
         running
     }
@@ -127,7 +154,9 @@ impl Running {
     fn reload(&self, relays: &[SocketAddr]) {
         configure(self.program, &self.dir, &self.port, relays, self.change);
         let mut command = Command::new("sh");
-        command.args(["-c", self.program.reload, &self.child.id().to_string()]).current_dir(self.dir.path(""));
+        command
+            .args(["-c", self.program.reload, &self.child.id().to_string()])
+            .current_dir(self.dir.path(""));
         let output = command.env("HOME", self.dir.path("")).output().unwrap();
         assert!(output.status.success(), "{}", texts(&output).1);
     }
@@ -135,15 +164,35 @@ impl Running {
     /// What a job has to have to get there.
     fn variables(&self) -> [(&'static str, String); 2] {
         let url = format!("wss://localhost:{}", self.address().port());
-        [("NIX_RELAY_URL", url), ("SSL_CERT_FILE", self.dir.path("ca.pem").display().to_string())]
+        [
+            ("NIX_RELAY_URL", url),
+            (
+                "SSL_CERT_FILE",
+                self.dir.path("ca.pem").display().to_string(),
+            ),
+        ]
     }
 
     /// A request from another address of this machine: the status, and what came with it.
     fn curl(&self, arguments: &[&str]) -> (String, String) {
         let mut command = job("curl", &self.dir);
-        command.args(["-sS", "--http1.1", "--max-time", "30", "--interface", "127.0.0.2", "-w", "\n%{http_code}"]);
+        command.args([
+            "-sS",
+            "--http1.1",
+            "--max-time",
+            "30",
+            "--interface",
+            "127.0.0.2",
+            "-w",
+            "\n%{http_code}",
+        ]);
         let url = format!("https://localhost:{}/relay", self.address().port());
-        let output = command.args(arguments).arg(url).envs(self.variables()).output().unwrap();
+        let output = command
+            .args(arguments)
+            .arg(url)
+            .envs(self.variables())
+            .output()
+            .unwrap();
         let (out, log) = texts(&output);
         assert!(output.status.success(), "{log}");
         let (body, status) = out.rsplit_once('\n').unwrap();
@@ -158,9 +207,18 @@ impl Running {
         let home = Dir::new();
         let mut command = job(client, &home);
         command.envs(self.variables()).env("NIX_RELAY_TOKEN", token);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take().unwrap());
-        Session { stdin, stdout, child, _home: home }
+        Session {
+            stdin,
+            stdout,
+            child,
+            _home: home,
+        }
     }
 }
 
@@ -168,7 +226,11 @@ impl Drop for Running {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let conf = fs::read_to_string(self.dir.path("conf")).unwrap_or_default();
-            eprintln!("--- {}'s configuration:\n{conf}\n--- its log:\n{}\n---", self.program.name, self.log.text());
+            eprintln!(
+                "--- {}'s configuration:\n{conf}\n--- its log:\n{}\n---",
+                self.program.name,
+                self.log.text()
+            );
         }
         signal("TERM", self.child.id());
         let _ = self.child.wait();
@@ -176,16 +238,39 @@ impl Drop for Running {
 }
 
 /// Writes its configuration: what README.md has, with the port, the certificates and the relays of a test.
-fn configure(program: &Program, dir: &Dir, port: &TcpListener, relays: &[SocketAddr], change: fn(String) -> String) {
+fn configure(
+    program: &Program,
+    dir: &Dir,
+    port: &TcpListener,
+    relays: &[SocketAddr],
+    change: fn(String) -> String,
+) {
     let readme = fs::read_to_string(project("README.md")).unwrap();
-    let block = readme.split_once(&format!("```{}\n", program.name)).unwrap().1.split_once("```\n").unwrap().0;
+    let block = readme
+        .split_once(&format!("```{}\n", program.name))
+        .unwrap()
+        .1
+        .split_once("```\n")
+        .unwrap()
+        .0;
     let (there, here) = program.listen;
     let here = here.replace("PORT", &port.local_addr().unwrap().port().to_string());
-    assert!(block.contains(there) && block.contains("/etc/ssl/") && block.matches("127.0.0.1:8080").count() == 1);
-    let block = block.replace(there, &here).replace("relay.example.com", "localhost").replace("/etc/ssl/", "");
+    assert!(
+        block.contains(there)
+            && block.contains("/etc/ssl/")
+            && block.matches("127.0.0.1:8080").count() == 1
+    );
+    let block = block
+        .replace(there, &here)
+        .replace("relay.example.com", "localhost")
+        .replace("/etc/ssl/", "");
     let mut text = String::new();
     for line in block.split_inclusive('\n') {
-        let relays = if line.contains("127.0.0.1:8080") { relays } else { &relays[..1] };
+        let relays = if line.contains("127.0.0.1:8080") {
+            relays
+        } else {
+            &relays[..1]
+        };
         for (number, relay) in relays.iter().enumerate() {
             let line = line.replace("127.0.0.1:8080", &relay.to_string());
             text += &line.replace("relay1", &format!("relay{}", number + 1));
@@ -224,9 +309,18 @@ fn a_build(program: &'static Program) {
     let proxy = Running::start(program, &[farm.relay.address]);
     let runner = farm.runner();
     let file = runner.derivation("hello", "echo in the builder; echo hello > $out");
-    let (_, log) = texts(&runner.build(&file).envs(proxy.variables()).output().unwrap());
+    let (_, log) = texts(
+        &runner
+            .build(&file)
+            .envs(proxy.variables())
+            .output()
+            .unwrap(),
+    );
     assert!(log.contains("hello> in the builder"), "{log}");
-    assert_eq!(fs::read(farm.file(&runner.out_path(&file))).unwrap(), b"hello\n");
+    assert_eq!(
+        fs::read(farm.file(&runner.out_path(&file))).unwrap(),
+        b"hello\n"
+    );
     farm.relay.log.wait(" forwarded_for=\"127.0.0.1\" ");
 }
 
@@ -235,9 +329,17 @@ fn carries_50_mb_each_way(program: &'static Program) {
     let relay = Relay::start(&issuer);
     let proxy = Running::start(program, &[relay.address]);
     let mut random = Vec::new();
-    fs::File::open("/dev/urandom").unwrap().take(50_000_000).read_to_end(&mut random).unwrap();
+    fs::File::open("/dev/urandom")
+        .unwrap()
+        .take(50_000_000)
+        .read_to_end(&mut random)
+        .unwrap();
     let mut session = proxy.session(&issuer.token());
-    let (mut stdin, sent, mut received) = (session.stdin.take().unwrap(), random.clone(), vec![0; random.len()]);
+    let (mut stdin, sent, mut received) = (
+        session.stdin.take().unwrap(),
+        random.clone(),
+        vec![0; random.len()],
+    );
     let writer = std::thread::spawn(move || stdin.write_all(&sent).map(|()| stdin));
     session.stdout.read_exact(&mut received).unwrap();
     assert!(received == random, "it changed on the way");
@@ -252,7 +354,14 @@ fn who_comes_and_nothing_of_their_token_is_logged(program: &'static Program) {
     let proxy = Running::start(program, &[relay.address]);
     let token = issuer.token();
     let bearer = format!("Authorization: Bearer {token}");
-    let (status, _) = proxy.curl(&["-A", "curl-of-the-test", "-H", "X-Forwarded-For: 192.0.2.1", "-H", &bearer]);
+    let (status, _) = proxy.curl(&[
+        "-A",
+        "curl-of-the-test",
+        "-H",
+        "X-Forwarded-For: 192.0.2.1",
+        "-H",
+        &bearer,
+    ]);
     assert_eq!(status, "426");
     let line = relay.log.wait("status=426");
     assert!(line.contains(" forwarded_for=\"127.0.0.2\" "), "{line}");
@@ -271,7 +380,10 @@ fn heads(program: &'static Program) {
     let relay = Relay::start(&issuer);
     let proxy = Running::start(program, &[relay.address]);
     let token = issuer.token_with(json!({"padding": "p".repeat(8_300)}));
-    assert!(token.len() * 4 / 3 > 15 << 10, "HAProxy takes it without being told to");
+    assert!(
+        token.len() * 4 / 3 > 15 << 10,
+        "HAProxy takes it without being told to"
+    );
     assert!(proxy.session(&token).works());
     for length in [16 << 10, 32 << 10] {
         let (status, _) = proxy.curl(&["-H", &format!("Padding: {}", "p".repeat(length))]);
@@ -283,18 +395,29 @@ fn heads(program: &'static Program) {
 /// Sessions that nobody uses, and a time-out of two seconds: where neither the client nor the relay pings, it ends.
 fn pings_keep_an_idle_session(program: &'static Program) {
     let (issuer, dir) = (Issuer::start(), Dir::new());
-    let script = fs::read_to_string(project("client.sh")).unwrap().replace(" --ping-interval 1", "");
-    let quiet = dir.script("client", &format!("exec bash {}", dir.write("client.sh", &script).display()));
+    let script = fs::read_to_string(project("client.sh"))
+        .unwrap()
+        .replace(" --ping-interval 1", "");
+    let quiet = dir.script(
+        "client",
+        &format!("exec bash {}", dir.write("client.sh", &script).display()),
+    );
     let shorter = |text: String| {
         let shorter = text.replace("proxy_read_timeout 2m", "proxy_read_timeout 2s");
         shorter.replace("timeout tunnel 1h", "timeout tunnel 2s")
     };
     let relays = ["1", "0"].map(|secs| Setup::new(&issuer).set("KEEPALIVE_SECS", secs).start());
-    let proxies = relays.each_ref().map(|relay| Running::start_with(program, &[relay.address], shorter));
-    let [mut pinged, mut silent] = proxies.each_ref().map(|proxy| proxy.session_of(&quiet, &issuer.token()));
+    let proxies = relays
+        .each_ref()
+        .map(|relay| Running::start_with(program, &[relay.address], shorter));
+    let [mut pinged, mut silent] = proxies
+        .each_ref()
+        .map(|proxy| proxy.session_of(&quiet, &issuer.token()));
     let mut pinging = proxies[1].session(&issuer.token());
     assert!(pinged.works() && pinging.works() && silent.works());
-    eventually("the silent one ends", LIMIT, || silent.child.try_wait().unwrap().is_some());
+    eventually("the silent one ends", LIMIT, || {
+        silent.child.try_wait().unwrap().is_some()
+    });
     assert!(pinged.works() && pinging.works());
 }
 
@@ -321,7 +444,9 @@ fn a_reload_ends_all(program: &'static Program) {
     let mut session = proxy.session(&issuer.token());
     assert!(session.works());
     proxy.reload(&[relay.address]);
-    eventually("the session ends", LIMIT, || session.child.try_wait().unwrap().is_some());
+    eventually("the session ends", LIMIT, || {
+        session.child.try_wait().unwrap().is_some()
+    });
     assert!(proxy.session(&issuer.token()).works());
 }
 
@@ -329,19 +454,39 @@ fn a_reload_ends_all(program: &'static Program) {
 #[test]
 fn the_unit_for_two_ports() {
     let readme = fs::read_to_string(project("README.md")).unwrap();
-    let commands = readme.split_once("    cd /etc/systemd/system\n").unwrap().1.split_once("    systemctl").unwrap().0;
+    let commands = readme
+        .split_once("    cd /etc/systemd/system\n")
+        .unwrap()
+        .1
+        .split_once("    systemctl")
+        .unwrap()
+        .0;
     let dir = Dir::new();
     let unit = fs::read_to_string(project("nix/nix-relay.service")).unwrap();
-    dir.write("nix-relay.service", &unit.replace("/usr/local/bin/nix-relay", env!("CARGO_BIN_EXE_nix-relay")));
+    dir.write(
+        "nix-relay.service",
+        &unit.replace("/usr/local/bin/nix-relay", env!("CARGO_BIN_EXE_nix-relay")),
+    );
     let verify = "systemd-analyze verify --man=no ./nix-relay@8081.service";
-    let commands =
-        format!("set -e\n{commands}\n{verify} && grep -E '^(Environment=NIX|ExecS|TimeoutS)' nix-relay@.service");
-    let output = Command::new("sh").args(["-c", &commands]).current_dir(dir.path("")).output().unwrap();
+    let commands = format!(
+        "set -e\n{commands}\n{verify} && grep -E '^(Environment=NIX|ExecS|TimeoutS)' nix-relay@.service"
+    );
+    let output = Command::new("sh")
+        .args(["-c", &commands])
+        .current_dir(dir.path(""))
+        .output()
+        .unwrap();
     let (out, log) = texts(&output);
     assert_eq!(log, "");
     let lines: Vec<_> = out.lines().collect();
-    assert_eq!(lines[0], "Environment=NIX_RELAY_LISTEN=127.0.0.1:%i NIX_RELAY_SHUTDOWN_GRACE_SECS=3600");
-    assert!(lines[1].starts_with("ExecStart=/") && lines[2..] == ["TimeoutStopSec=2h"], "{out}");
+    assert_eq!(
+        lines[0],
+        "Environment=NIX_RELAY_LISTEN=127.0.0.1:%i NIX_RELAY_SHUTDOWN_GRACE_SECS=3600"
+    );
+    assert!(
+        lines[1].starts_with("ExecStart=/") && lines[2..] == ["TimeoutStopSec=2h"],
+        "{out}"
+    );
 }
 
 fn opened(relay: &Relay) -> usize {
@@ -351,13 +496,20 @@ fn opened(relay: &Relay) -> usize {
 /// On two ports, both of which the proxy knows, as it does when nobody listens on one.
 fn a_new_release_beside_the_old(program: &'static Program) {
     let issuer = Issuer::start();
-    let mut old = Setup::new(&issuer).set("SHUTDOWN_GRACE_SECS", "600").start();
+    let mut old = Setup::new(&issuer)
+        .set("SHUTDOWN_GRACE_SECS", "600")
+        .start();
     // Not where other tests have their ports, so that it stays free.
-    let second = TcpListener::bind("127.0.0.3:0").unwrap().local_addr().unwrap();
+    let second = TcpListener::bind("127.0.0.3:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
     let proxy = Running::start(program, &[old.address, second]);
     let mut session = proxy.session(&issuer.token());
     assert!(session.works() && proxy.session(&issuer.token()).works());
-    let new = Setup::new(&issuer).set("LISTEN", &second.to_string()).start();
+    let new = Setup::new(&issuer)
+        .set("LISTEN", &second.to_string())
+        .start();
     eventually("sessions go to the new one", LIMIT, || {
         assert!(proxy.session(&issuer.token()).works());
         opened(&new) > 0
@@ -382,7 +534,9 @@ fn the_next_session_goes_where_the_fewest_are(program: &'static Program) {
     for number in 1..=8 {
         assert!(proxy.session(&issuer.token()).works());
         let ended = |relay: &Relay| relay.log.text().matches("session ended").count();
-        eventually("it has ended", LIMIT, || relays.iter().map(ended).sum::<usize>() == number);
+        eventually("it has ended", LIMIT, || {
+            relays.iter().map(ended).sum::<usize>() == number
+        });
     }
     let mut counts = relays.each_ref().map(opened);
     counts.sort();
@@ -405,7 +559,11 @@ fn those_from_one_address_stay_together(program: &'static Program) {
         }
         text
     };
-    let proxy = Running::start_with(program, &relays.each_ref().map(|relay| relay.address), by_address);
+    let proxy = Running::start_with(
+        program,
+        &relays.each_ref().map(|relay| relay.address),
+        by_address,
+    );
     let mut sessions: Vec<Session> = (0..8).map(|_| proxy.session(&issuer.token())).collect();
     assert!(sessions.iter_mut().all(Session::works));
     let mut counts = relays.each_ref().map(opened);
@@ -415,7 +573,11 @@ fn those_from_one_address_stay_together(program: &'static Program) {
 
 fn forty_sessions_on_three_relays(program: &'static Program) {
     let issuer = Issuer::start();
-    let mut relays = [(); 3].map(|()| Setup::new(&issuer).set("SHUTDOWN_GRACE_SECS", "600").start());
+    let mut relays = [(); 3].map(|()| {
+        Setup::new(&issuer)
+            .set("SHUTDOWN_GRACE_SECS", "600")
+            .start()
+    });
     let proxy = Running::start(program, &relays.each_ref().map(|relay| relay.address));
     let mut sessions: Vec<Session> = (0..40).map(|_| proxy.session(&issuer.token())).collect();
     assert!(sessions.iter_mut().all(Session::works));
@@ -430,7 +592,10 @@ fn forty_sessions_on_three_relays(program: &'static Program) {
     relays[1].signal("KILL");
     relays[1].wait();
     assert!(proxy.session(&issuer.token()).works());
-    let left = sessions.iter_mut().filter_map(|session| session.works().then_some(())).count();
+    let left = sessions
+        .iter_mut()
+        .filter_map(|session| session.works().then_some(()))
+        .count();
     assert_eq!(left, 48 - opened(&relays[1]));
 }
 
@@ -438,17 +603,35 @@ fn forty_sessions_on_three_relays(program: &'static Program) {
 fn builds_on_three_machines(program: &'static Program) {
     const BUILDS: usize = 40;
     let issuer = Issuer::start();
-    let mut farms = [(); 3]
-        .map(|()| Farm::start_with(|setup| setup.set("ISSUER", &issuer.url()).set("SHUTDOWN_GRACE_SECS", "600")));
+    let mut farms = [(); 3].map(|()| {
+        Farm::start_with(|setup| {
+            setup
+                .set("ISSUER", &issuer.url())
+                .set("SHUTDOWN_GRACE_SECS", "600")
+        })
+    });
     let proxy = Running::start(program, &farms.each_ref().map(|farm| farm.relay.address));
     let (meeting, gate) = (Dir::new(), Dir::new());
     let runner = farms[0].runner();
     let build = |names: &[String], script: &str| {
-        let parts: Vec<_> = names.iter().map(|name| format!("({})", derivation(name, script))).collect();
+        let parts: Vec<_> = names
+            .iter()
+            .map(|name| format!("({})", derivation(name, script)))
+            .collect();
         let file = runner.expression(&names[0], &format!("[ {} ]", parts.join(" ")));
         let builders = format!("{} - - {BUILDS}", runner.remote());
-        let mut nix = runner.nix(&["build", "-j0", "--keep-going", "--no-link", "--builders", &builders, "-f", &file]);
-        nix.envs(proxy.variables()).env("NIX_RELAY_TOKEN", issuer.token());
+        let mut nix = runner.nix(&[
+            "build",
+            "-j0",
+            "--keep-going",
+            "--no-link",
+            "--builders",
+            &builders,
+            "-f",
+            &file,
+        ]);
+        nix.envs(proxy.variables())
+            .env("NIX_RELAY_TOKEN", issuer.token());
         (nix, file)
     };
     let script = format!(
@@ -460,9 +643,14 @@ fn builds_on_three_machines(program: &'static Program) {
     let (mut nix, file) = build(&names, &script);
     let mut nix = nix.stderr(Stdio::piped()).spawn().unwrap();
     let log = Log::of(nix.stderr.take().unwrap());
-    eventually("all builds have begun", LIMIT, || fs::read_dir(meeting.path("")).unwrap().count() == BUILDS);
+    eventually("all builds have begun", LIMIT, || {
+        fs::read_dir(meeting.path("")).unwrap().count() == BUILDS
+    });
     let before = farms.each_ref().map(|farm| opened(&farm.relay));
-    assert!(before.iter().all(|&number| number >= 3) && before.iter().sum::<usize>() == BUILDS, "{before:?}");
+    assert!(
+        before.iter().all(|&number| number >= 3) && before.iter().sum::<usize>() == BUILDS,
+        "{before:?}"
+    );
     farms[0].relay.signal("TERM");
     farms[0].relay.log.wait("shutting down");
     farms[1].relay.signal("KILL");
@@ -473,8 +661,18 @@ fn builds_on_three_machines(program: &'static Program) {
     assert_eq!(opened(&farms[2].relay), before[2] + 1);
     gate.write("open", "");
     wait(&mut nix, LIMIT);
-    let paths = runner.run(&["eval", "--raw", "-f", &file, "--apply", "all: toString (map (part: part.outPath) all)"]);
-    let built = paths.split(' ').filter(|path| runner.file(path).exists()).count();
+    let paths = runner.run(&[
+        "eval",
+        "--raw",
+        "-f",
+        &file,
+        "--apply",
+        "all: toString (map (part: part.outPath) all)",
+    ]);
+    let built = paths
+        .split(' ')
+        .filter(|path| runner.file(path).exists())
+        .count();
     assert_eq!(built, BUILDS - before[1], "{}", log.text());
     assert_eq!(farms[0].relay.wait().code(), Some(0));
 }

@@ -9,17 +9,27 @@ fn rule(name: &str, bound_claims: &str, more: &str) -> String {
 
 /// A relay with these rules and no organisation, whose daemon says what its arguments are.
 fn relay(issuer: &Issuer, rules: &str) -> Relay {
-    Setup::new(issuer).set("ALLOWED_ORG", "").config(rules).daemon("echo \"$*\"").start()
+    Setup::new(issuer)
+        .set("ALLOWED_ORG", "")
+        .config(rules)
+        .daemon("echo \"$*\"")
+        .start()
 }
 
 /// The arguments of the daemon that a token gets.
 fn arguments(relay: &Relay, token: &str) -> String {
-    String::from_utf8(relay.connect(token).until_close().0).unwrap().trim().to_owned()
+    String::from_utf8(relay.connect(token).until_close().0)
+        .unwrap()
+        .trim()
+        .to_owned()
 }
 
 /// The answer of a relay that refuses.
 fn refusal(relay: &Relay, token: &str) -> String {
-    relay.try_connect(token).err().expect("a session for a token that matches no rule")
+    relay
+        .try_connect(token)
+        .err()
+        .expect("a session for a token that matches no rule")
 }
 
 #[test]
@@ -31,12 +41,32 @@ fn patterns() {
             &[json!("main"), json!(["x", "main"])][..],
             &[json!("Main"), json!("main2"), json!(""), json!([])][..],
         ),
-        ("'release-*'", &[json!("release-1"), json!("release-")], &[json!("release"), json!("a-release-1")]),
-        ("'*-release'", &[json!("a-release"), json!("-release")], &[json!("release"), json!("a-release-1")]),
-        ("'a*b'", &[json!("ab"), json!("axb"), json!("abb"), json!("a\nb")], &[json!("a"), json!("aba"), json!("xab")]),
+        (
+            "'release-*'",
+            &[json!("release-1"), json!("release-")],
+            &[json!("release"), json!("a-release-1")],
+        ),
+        (
+            "'*-release'",
+            &[json!("a-release"), json!("-release")],
+            &[json!("release"), json!("a-release-1")],
+        ),
+        (
+            "'a*b'",
+            &[json!("ab"), json!("axb"), json!("abb"), json!("a\nb")],
+            &[json!("a"), json!("aba"), json!("xab")],
+        ),
         ("'a*a'", &[json!("aa"), json!("aaa")], &[json!("a")]),
-        ("'*x*'", &[json!("x"), json!("axb"), json!("xx")], &[json!(""), json!("abc")]),
-        ("'a*b*c'", &[json!("abc"), json!("a-b-c"), json!("abcbc")], &[json!("acb"), json!("ac"), json!("ab")]),
+        (
+            "'*x*'",
+            &[json!("x"), json!("axb"), json!("xx")],
+            &[json!(""), json!("abc")],
+        ),
+        (
+            "'a*b*c'",
+            &[json!("abc"), json!("a-b-c"), json!("abcbc")],
+            &[json!("acb"), json!("ac"), json!("ab")],
+        ),
         ("'ab*bc'", &[json!("abbc"), json!("ab-bc")], &[json!("abc")]),
         (
             "'*'",
@@ -44,19 +74,43 @@ fn patterns() {
             &[json!(null), json!({"a": "b"}), json!([[1]])],
         ),
         ("'**'", &[json!(""), json!("x")], &[json!(null)]),
-        ("'a.b?[c]'", &[json!("a.b?[c]")], &[json!("axb?[c]"), json!("a.bc"), json!("a.b?c")]),
-        ("['main', 'release-*']", &[json!("main"), json!("release-1"), json!(["release-2"])], &[json!("dev")]),
-        ("42", &[json!(42), json!("42"), json!([1, 42])], &[json!(420), json!("42.0"), json!(42.5)]),
-        ("true", &[json!(true), json!("true")], &[json!(false), json!(1)]),
+        (
+            "'a.b?[c]'",
+            &[json!("a.b?[c]")],
+            &[json!("axb?[c]"), json!("a.bc"), json!("a.b?c")],
+        ),
+        (
+            "['main', 'release-*']",
+            &[json!("main"), json!("release-1"), json!(["release-2"])],
+            &[json!("dev")],
+        ),
+        (
+            "42",
+            &[json!(42), json!("42"), json!([1, 42])],
+            &[json!(420), json!("42.0"), json!(42.5)],
+        ),
+        (
+            "true",
+            &[json!(true), json!("true")],
+            &[json!(false), json!(1)],
+        ),
         ("''", &[json!("")], &[json!("x"), json!(null), json!([])]),
     ] {
-        let relay = relay(&issuer, &rule("only", &format!("{{ ref = {pattern} }}"), ""));
+        let relay = relay(
+            &issuer,
+            &rule("only", &format!("{{ ref = {pattern} }}"), ""),
+        );
         for value in matching {
-            relay.connect(&issuer.token_with(json!({ "ref": value }))).close();
+            relay
+                .connect(&issuer.token_with(json!({ "ref": value })))
+                .close();
         }
         for value in others {
             let answer = refusal(&relay, &issuer.token_with(json!({ "ref": value })));
-            assert!(answer.starts_with("HTTP/1.1 403 "), "{pattern} for {value}: {answer}");
+            assert!(
+                answer.starts_with("HTTP/1.1 403 "),
+                "{pattern} for {value}: {answer}"
+            );
         }
     }
 }
@@ -65,7 +119,10 @@ fn patterns() {
 #[test]
 fn patterns_take_no_time() {
     let issuer = Issuer::start();
-    let relay = relay(&issuer, &rule("only", "{ ref = '*a*a*a*a*a*a*a*a*a*a*a*a*b' }", ""));
+    let relay = relay(
+        &issuer,
+        &rule("only", "{ ref = '*a*a*a*a*a*a*a*a*a*a*a*a*b' }", ""),
+    );
     let answer = refusal(&relay, &issuer.token_with(json!({"ref": "a".repeat(8000)})));
     assert!(answer.starts_with("HTTP/1.1 403 "), "{answer}");
 }
@@ -74,16 +131,34 @@ fn patterns_take_no_time() {
 fn the_first_rule_that_matches_decides() {
     let issuer = Issuer::start();
     let rules = [
-        rule("main", "{ ref = 'refs/heads/main', event_name = 'push' }", "extra_args = ['--stdio', '--force-trusted']"),
+        rule(
+            "main",
+            "{ ref = 'refs/heads/main', event_name = 'push' }",
+            "extra_args = ['--stdio', '--force-trusted']",
+        ),
         rule("pushes", "{ event_name = 'push' }", ""),
         rule("all", "{ repository_owner = '*' }", "extra_args = []"),
     ];
     let relay = relay(&issuer, &rules.concat());
-    let token = |branch: &str, event: &str| issuer.token_with(json!({"ref": branch, "event_name": event}));
-    assert_eq!(arguments(&relay, &token("refs/heads/main", "push")), "--stdio --force-trusted");
-    assert_eq!(arguments(&relay, &token("refs/heads/dev", "push")), "--stdio");
-    assert_eq!(arguments(&relay, &token("refs/heads/main", "pull_request")), "");
-    for (name, event) in [("main", "push"), ("pushes", "push"), ("all", "pull_request")] {
+    let token =
+        |branch: &str, event: &str| issuer.token_with(json!({"ref": branch, "event_name": event}));
+    assert_eq!(
+        arguments(&relay, &token("refs/heads/main", "push")),
+        "--stdio --force-trusted"
+    );
+    assert_eq!(
+        arguments(&relay, &token("refs/heads/dev", "push")),
+        "--stdio"
+    );
+    assert_eq!(
+        arguments(&relay, &token("refs/heads/main", "pull_request")),
+        ""
+    );
+    for (name, event) in [
+        ("main", "push"),
+        ("pushes", "push"),
+        ("all", "pull_request"),
+    ] {
         let line = relay.log.wait(&format!("rule=\"{name}\""));
         assert!(line.contains(&format!(" event_name=\"{event}\"")), "{line}");
     }
@@ -92,10 +167,20 @@ fn the_first_rule_that_matches_decides() {
 #[test]
 fn the_organisation_comes_last() {
     let issuer = Issuer::start();
-    let rules = rule("trusted", "{ ref = 'refs/heads/main' }", "extra_args = ['trusted']");
-    let relay = Setup::new(&issuer).config(&rules).daemon("echo \"$*\"").start();
+    let rules = rule(
+        "trusted",
+        "{ ref = 'refs/heads/main' }",
+        "extra_args = ['trusted']",
+    );
+    let relay = Setup::new(&issuer)
+        .config(&rules)
+        .daemon("echo \"$*\"")
+        .start();
     assert_eq!(arguments(&relay, &issuer.token()), "trusted");
-    assert_eq!(arguments(&relay, &issuer.token_with(json!({"ref": "refs/heads/dev"}))), "--stdio");
+    assert_eq!(
+        arguments(&relay, &issuer.token_with(json!({"ref": "refs/heads/dev"}))),
+        "--stdio"
+    );
     let stranger = json!({"ref": "refs/heads/dev", "repository_owner": "stranger"});
     assert!(refusal(&relay, &issuer.token_with(stranger)).contains(" 403 "));
 }
@@ -105,18 +190,35 @@ fn the_organisation_comes_last() {
 fn a_refusal_names_a_claim_of_the_nearest_rule() {
     let issuer = Issuer::start();
     let rules = [
-        rule("secret-far", "{ ref = 'secret-a', actor = 'secret-b', repository = 'secret-c' }", ""),
-        rule("secret-near", "{ repository_owner = '*', event_name = 'secret-d' }", ""),
+        rule(
+            "secret-far",
+            "{ ref = 'secret-a', actor = 'secret-b', repository = 'secret-c' }",
+            "",
+        ),
+        rule(
+            "secret-near",
+            "{ repository_owner = '*', event_name = 'secret-d' }",
+            "",
+        ),
     ];
     let relay = relay(&issuer, &rules.concat());
     for (changes, expected) in [
-        (json!({"event_name": "pull_request"}), "event_name is \"pull_request\""),
+        (
+            json!({"event_name": "pull_request"}),
+            "event_name is \"pull_request\"",
+        ),
         (json!({"event_name": null}), "event_name is missing"),
         (json!({"event_name": ["a\nb"]}), "event_name is "),
     ] {
         let answer = refusal(&relay, &issuer.token_with(changes));
-        assert!(answer.starts_with("HTTP/1.1 403 ") && answer.contains(expected), "{answer}");
-        assert!(!answer.contains("secret") && !answer.contains("a\nb"), "{answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 403 ") && answer.contains(expected),
+            "{answer}"
+        );
+        assert!(
+            !answer.contains("secret") && !answer.contains("a\nb"),
+            "{answer}"
+        );
     }
 }
 
@@ -128,15 +230,22 @@ fn several_issuers() {
     let [own, other] = [0, 1].map(|n| format!("issuer = '{}'", issuers[n].url()));
     let rules = rule("own", "{ ref = 'a' }", &own) + &rule("other", "{ ref = 'b' }", &other);
     let relay = relay(&stranger, &rules);
-    relay.connect(&issuers[0].token_with(json!({"ref": "a"}))).close();
-    relay.connect(&issuers[1].token_with(json!({"ref": "b"}))).close();
+    relay
+        .connect(&issuers[0].token_with(json!({"ref": "a"})))
+        .close();
+    relay
+        .connect(&issuers[1].token_with(json!({"ref": "b"})))
+        .close();
     for (issuer, branch) in [(&issuers[0], "b"), (&issuers[1], "a")] {
         assert!(refusal(&relay, &issuer.token_with(json!({"ref": branch}))).contains(" 403 "));
     }
     // Signed by one, in the name of the other.
     let forged = json!({"ref": "b", "iss": stranger.url()});
     let answer = refusal(&relay, &issuers[0].token_with(forged));
-    assert!(answer.starts_with("HTTP/1.1 401 ") && answer.contains("issuer"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 401 ") && answer.contains("issuer"),
+        "{answer}"
+    );
     assert_eq!(stranger.requests(), Vec::<String>::new());
     assert_eq!(issuers.map(|issuer| issuer.requests().len()), [2, 2]);
 }
@@ -146,18 +255,29 @@ fn several_issuers() {
 fn an_issuer_that_is_down() {
     let issuer = Issuer::start();
     let down = "http://127.0.0.1:1";
-    let rules = rule("down", "{ ref = '*' }", &format!("issuer = '{down}'")) + &rule("up", "{ ref = '*' }", "");
+    let rules = rule("down", "{ ref = '*' }", &format!("issuer = '{down}'"))
+        + &rule("up", "{ ref = '*' }", "");
     let relay = relay(&issuer, &rules);
     relay.connect(&issuer.token()).close();
     let answer = refusal(&relay, &issuer.token_with(json!({"iss": down})));
-    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("Retry-After"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 503 ") && answer.contains("Retry-After"),
+        "{answer}"
+    );
 }
 
 #[test]
 fn audiences_of_rules() {
     let issuer = Issuer::start();
-    let rules = rule("a", "{ ref = '*' }", "audience = 'a'\nextra_args = ['for a']")
-        + &rule("b", "{ ref = '*' }", "audience = 'b*'\nextra_args = ['for b']");
+    let rules = rule(
+        "a",
+        "{ ref = '*' }",
+        "audience = 'a'\nextra_args = ['for a']",
+    ) + &rule(
+        "b",
+        "{ ref = '*' }",
+        "audience = 'b*'\nextra_args = ['for b']",
+    );
     let relay = relay(&issuer, &rules);
     let token = |audience: serde_json::Value| issuer.token_with(json!({ "aud": audience }));
     assert_eq!(arguments(&relay, &token(json!("a"))), "for a");
@@ -165,7 +285,10 @@ fn audiences_of_rules() {
     // An audience is not a pattern, and the general one is not that of a rule that has its own.
     for audience in [json!("b"), json!("bx"), json!(issuer::AUDIENCE)] {
         let answer = refusal(&relay, &token(audience));
-        assert!(answer.starts_with("HTTP/1.1 401 ") && answer.contains("udience"), "{answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 401 ") && answer.contains("udience"),
+            "{answer}"
+        );
     }
 }
 
@@ -192,11 +315,25 @@ fn claims_that_identify_the_caller_are_logged() {
 #[test]
 fn the_recipes_of_the_readme() {
     let readme = std::fs::read_to_string(project("README.md")).unwrap();
-    let (dir, recipes) = (Dir::new(), readme.split("```toml\n").skip(1).map(|text| text.split("```").next().unwrap()));
+    let (dir, recipes) = (
+        Dir::new(),
+        readme
+            .split("```toml\n")
+            .skip(1)
+            .map(|text| text.split("```").next().unwrap()),
+    );
     let mut rules = 0;
     for recipe in recipes {
-        let output = binary().arg("--check").arg(dir.write("recipe.toml", recipe)).output().unwrap();
-        assert!(output.status.success(), "{recipe}\n{}", String::from_utf8_lossy(&output.stderr));
+        let output = binary()
+            .arg("--check")
+            .arg(dir.write("recipe.toml", recipe))
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{recipe}\n{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         rules += recipe.matches("[[auth.rule]]").count();
     }
     assert!(rules >= 10, "{rules} rules");

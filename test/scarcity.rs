@@ -27,7 +27,10 @@ fn survives(relay: &Relay, issuer: &Issuer, complaint: &str) {
     let before = relay.at_rest();
     let (mut sessions, answer) = fill(relay, issuer);
     assert!(sessions.len() > 2, "{} sessions", sessions.len());
-    assert!(answer.contains(" 502 ") || answer.contains(" 503 "), "{answer}");
+    assert!(
+        answer.contains(" 502 ") || answer.contains(" 503 "),
+        "{answer}"
+    );
     for client in &mut sessions {
         client.send("still served");
         assert_eq!(client.receive(), b"still served");
@@ -69,7 +72,9 @@ fn a_log_without_a_reader() {
     let issuer = Issuer::start();
     let script = "echo 'to the log' >&2; exec cat";
     let setup = Setup::new(&issuer).daemon(script);
-    let relay = setup.under("exec 2> >(exec sed '/listening address=/q' >&2)").start();
+    let relay = setup
+        .under("exec 2> >(exec sed '/listening address=/q' >&2)")
+        .start();
     // That sed is its child, which nobody reaps.
     eventually("the reader is gone", LIMIT, || {
         relay.children().iter().all(|id| {
@@ -83,7 +88,11 @@ fn a_log_without_a_reader() {
         assert_eq!(client.receive(), b"served");
         client.close();
     }
-    assert!(relay.exchange(b"nonsense\r\n\r\n").starts_with("HTTP/1.1 400 "));
+    assert!(
+        relay
+            .exchange(b"nonsense\r\n\r\n")
+            .starts_with("HTTP/1.1 400 ")
+    );
 }
 
 /// The daemon says what happens when it writes there; where the tests run, the relay itself may lie in /tmp.
@@ -95,7 +104,9 @@ fn a_full_tmp() {
          exec {} 'mount -t tmpfs -o size=4k none /tmp; cat /dev/zero >/tmp/full; exec /proc/self/fd/9'",
         project("test/support/own-mounts").display()
     );
-    let setup = Setup::new(&issuer).set("DAEMON_PATH", "sh").set("EXTRA_ARGS", "-c cat</bin/sh>/tmp/file;cat");
+    let setup = Setup::new(&issuer)
+        .set("DAEMON_PATH", "sh")
+        .set("EXTRA_ARGS", "-c cat</bin/sh>/tmp/file;cat");
     let relay = setup.env("TMPDIR", "/tmp").under(&full).start();
     let before = relay.at_rest();
     for number in 1..=3 {
@@ -104,7 +115,12 @@ fn a_full_tmp() {
         assert_eq!(client.receive_exactly(5_000_000), [b'x'; 5_000_000]);
         client.close();
         relay.log.wait(&format!("session ended session={number} "));
-        assert!(relay.log.wait(&format!("says session={number} ")).contains("No space left"));
+        assert!(
+            relay
+                .log
+                .wait(&format!("says session={number} "))
+                .contains("No space left")
+        );
     }
     relay.back_to(before);
 }
@@ -117,7 +133,9 @@ fn one_client_more_than_permits() {
     let mut sessions: Vec<Client> = (0..32).map(|_| relay.connect(&issuer.token())).collect();
     thread::scope(|scope| {
         let last = scope.spawn(|| relay.connect(&issuer.token()));
-        eventually("it is being served", LIMIT, || relay.has_thread("connection 33"));
+        eventually("it is being served", LIMIT, || {
+            relay.has_thread("connection 33")
+        });
         // A whole exchange, in which the other comes to its wait.
         relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
         assert!(!last.is_finished() && relay.children().len() == 32);
@@ -133,13 +151,20 @@ fn one_client_more_than_permits() {
 #[test]
 fn no_permit_in_time() {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").set("QUEUE_TIMEOUT_SECS", "1");
+    let setup = Setup::new(&issuer)
+        .set("MAX_CONNECTIONS", "1")
+        .set("QUEUE_TIMEOUT_SECS", "1");
     let relay = setup.start();
     let before = relay.at_rest();
     let mut client = relay.connect(&issuer.token());
     let answer = upgrade(&relay, &issuer);
-    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nRetry-After: "), "{answer}");
-    relay.log.wait("status=503 reason=\"all sessions are in use");
+    assert!(
+        answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nRetry-After: "),
+        "{answer}"
+    );
+    relay
+        .log
+        .wait("status=503 reason=\"all sessions are in use");
     client.send("still served");
     assert_eq!(client.receive(), b"still served");
     client.close();
@@ -151,14 +176,18 @@ fn no_permit_in_time() {
 #[test]
 fn a_client_that_does_not_wait() {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").set("QUEUE_TIMEOUT_SECS", "600");
+    let setup = Setup::new(&issuer)
+        .set("MAX_CONNECTIONS", "1")
+        .set("QUEUE_TIMEOUT_SECS", "600");
     let relay = setup.start();
     let before = relay.at_rest();
     let mut client = relay.connect(&issuer.token());
     let mut impatient = relay.tcp();
     let head = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
     std::io::Write::write_all(&mut impatient, head.as_bytes()).unwrap();
-    eventually("it is being served", LIMIT, || relay.has_thread("connection 2"));
+    eventually("it is being served", LIMIT, || {
+        relay.has_thread("connection 2")
+    });
     drop(impatient);
     client.close();
     relay.back_to(before);

@@ -15,7 +15,11 @@ const PING: u8 = 0x89;
 
 fn random(length: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
-    File::open("/dev/urandom").unwrap().take(length).read_to_end(&mut bytes).unwrap();
+    File::open("/dev/urandom")
+        .unwrap()
+        .take(length)
+        .read_to_end(&mut bytes)
+        .unwrap();
     bytes
 }
 
@@ -50,7 +54,10 @@ fn full_duplex() {
     assert!(received == sent, "the bytes are others");
     client.close();
     let line = relay.log.wait("session ended");
-    assert!(line.contains(" bytes_in=50000000 bytes_out=50000000 "), "{line}");
+    assert!(
+        line.contains(" bytes_in=50000000 bytes_out=50000000 "),
+        "{line}"
+    );
 }
 
 /// A client that sends everything before it reads anything can wait for ever if the relay does.
@@ -69,8 +76,14 @@ fn neither_direction_waits_for_the_other() {
 #[test]
 fn pongs_between_large_frames() {
     const ALL: usize = 50_000_000;
-    let (issuer, script) = (Issuer::start(), format!("head -c {ALL} /dev/zero; exec cat"));
-    let relay = Setup::new(&issuer).daemon(&script).set("KEEPALIVE_SECS", "0").start();
+    let (issuer, script) = (
+        Issuer::start(),
+        format!("head -c {ALL} /dev/zero; exec cat"),
+    );
+    let relay = Setup::new(&issuer)
+        .daemon(&script)
+        .set("KEEPALIVE_SECS", "0")
+        .start();
     let mut client = relay.connect(&issuer.token());
     let (mut length, mut pings, mut last) = (0_usize, 0_u32, Vec::new());
     while length < ALL || last != pings.to_be_bytes() {
@@ -105,8 +118,14 @@ fn frames_of_every_length() {
 #[test]
 fn fragments_with_pings_in_between() {
     let (_relay, mut client) = quiet();
-    for (first, payload) in [(FIRST, "one "), (PING, "a"), (MIDDLE, "two "), (MIDDLE, ""), (PING, "b"), (LAST, "three")]
-    {
+    for (first, payload) in [
+        (FIRST, "one "),
+        (PING, "a"),
+        (MIDDLE, "two "),
+        (MIDDLE, ""),
+        (PING, "b"),
+        (LAST, "three"),
+    ] {
         client.raw(&frame(first, payload.as_bytes()));
     }
     let (mut data, mut pongs) = (Vec::new(), Vec::new());
@@ -180,12 +199,18 @@ fn closed_after(message: &[u8]) -> (u16, String) {
 fn text_is_refused() {
     let (code, line) = closed_after(&frame(0x81, b"text"));
     assert_eq!(code, 1003);
-    assert!(line.contains(" reason=protocol-error ") && line.contains(" bytes_in=0 "), "{line}");
+    assert!(
+        line.contains(" reason=protocol-error ") && line.contains(" bytes_in=0 "),
+        "{line}"
+    );
 }
 
 #[test]
 fn more_than_16_mib_are_refused() {
-    assert_eq!(closed_after(&frame(BINARY, &vec![0; (16 << 20) + 1])).0, 1009);
+    assert_eq!(
+        closed_after(&frame(BINARY, &vec![0; (16 << 20) + 1])).0,
+        1009
+    );
 }
 
 #[test]
@@ -201,14 +226,19 @@ fn the_log_has_both_ends_of_a_session() {
     let peer = client.0.get_ref().local_addr().unwrap();
     let line = relay.log.wait("session opened");
     let identity = " rule=\"allowed_org\" sub=\"repo:example-org/project:ref:refs/heads/main\" ";
-    assert!(line.contains(&format!(" session=1 peer={peer}{identity}")), "{line}");
+    assert!(
+        line.contains(&format!(" session=1 peer={peer}{identity}")),
+        "{line}"
+    );
     client.send("12345");
     client.receive_exactly(5);
     client.close();
     let line = relay.log.wait("session ended");
-    for part in
-        [" session=1 reason=client-closed ", " bytes_in=5 bytes_out=5 ", " exit=\"nix-daemon exited with status 0\""]
-    {
+    for part in [
+        " session=1 reason=client-closed ",
+        " bytes_in=5 bytes_out=5 ",
+        " exit=\"nix-daemon exited with status 0\"",
+    ] {
         assert!(line.contains(part), "{line}");
     }
 }
@@ -218,7 +248,8 @@ fn the_log_has_both_ends_of_a_session() {
 fn a_close_is_answered() {
     let (_relay, mut client) = quiet();
     client.raw(&frame(0x88, &4321_u16.to_be_bytes()));
-    let mut reader = WebSocket::from_raw_socket(client.0.get_ref().try_clone().unwrap(), Role::Client, None);
+    let mut reader =
+        WebSocket::from_raw_socket(client.0.get_ref().try_clone().unwrap(), Role::Client, None);
     match reader.read().unwrap() {
         Message::Close(Some(close)) => assert_eq!(u16::from(close.code), 4321),
         other => panic!("{other:?}"),

@@ -53,7 +53,10 @@ fn after_the_grace_a_session_is_closed() {
         let mut client = relay.connect(&issuer.token());
         relay.signal(name);
         let (_, code, reason) = client.until_close();
-        assert_eq!((code, reason.as_str()), (1001, "the relay is shutting down"));
+        assert_eq!(
+            (code, reason.as_str()),
+            (1001, "the relay is shutting down")
+        );
         client.close();
         assert_eq!(relay.wait().code(), Some(0));
         relay.log.wait("reason=shutting-down ");
@@ -84,7 +87,10 @@ fn nobody_new_gets_in() {
     let answer = upgrade(&relay, &issuer);
     assert!(is_503(&answer), "{answer}");
     let answer = relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
-    assert!(answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\ndraining\n"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.1 503 ") && answer.ends_with("\r\n\r\ndraining\n"),
+        "{answer}"
+    );
     client.close();
     assert_eq!(relay.wait().code(), Some(0));
 }
@@ -92,12 +98,16 @@ fn nobody_new_gets_in() {
 #[test]
 fn who_waits_for_a_permit_gets_503() {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").set("QUEUE_TIMEOUT_SECS", LONG);
+    let setup = Setup::new(&issuer)
+        .set("MAX_CONNECTIONS", "1")
+        .set("QUEUE_TIMEOUT_SECS", LONG);
     let mut relay = setup.set("SHUTDOWN_GRACE_SECS", LONG).start();
     let mut client = relay.connect(&issuer.token());
     thread::scope(|scope| {
         let waiting = scope.spawn(|| upgrade(&relay, &issuer));
-        eventually("it is being served", LIMIT, || relay.has_thread("connection 2"));
+        eventually("it is being served", LIMIT, || {
+            relay.has_thread("connection 2")
+        });
         // A whole exchange, in which the other comes to its wait.
         relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
         assert!(!waiting.is_finished());
@@ -138,7 +148,9 @@ fn busy_sessions_all_hear_a_close() {
 #[test]
 fn a_frame_is_finished_before_the_close() {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).daemon("exec cat /dev/zero").set("SHUTDOWN_GRACE_SECS", "0");
+    let setup = Setup::new(&issuer)
+        .daemon("exec cat /dev/zero")
+        .set("SHUTDOWN_GRACE_SECS", "0");
     let relay = setup.start();
     let mut clients: Vec<Client> = (0..4).map(|_| relay.connect(&issuer.token())).collect();
     clients.iter_mut().for_each(|client| drop(client.receive()));
@@ -158,7 +170,9 @@ fn a_frame_is_finished_before_the_close() {
 fn daemons_that_ignore_everything_are_killed_first() {
     let issuer = Issuer::start();
     let script = "trap '' TERM; echo ready; exec sleep 1000";
-    let setup = Setup::new(&issuer).set("SHUTDOWN_GRACE_SECS", "0").daemon(script);
+    let setup = Setup::new(&issuer)
+        .set("SHUTDOWN_GRACE_SECS", "0")
+        .daemon(script);
     let mut relay = setup.start();
     let clients: Vec<Client> = (0..32)
         .map(|_| {
@@ -176,7 +190,9 @@ fn daemons_that_ignore_everything_are_killed_first() {
     }
     assert_eq!(relay.wait().code(), Some(0));
     assert!(asked.elapsed().as_secs() <= 20, "{:?}", asked.elapsed());
-    let left = children.iter().filter(|id| std::fs::exists(format!("/proc/{id}")).unwrap());
+    let left = children
+        .iter()
+        .filter(|id| std::fs::exists(format!("/proc/{id}")).unwrap());
     assert_eq!(left.count(), 0);
 }
 
@@ -187,7 +203,9 @@ fn handshakes_do_not_hold_it() {
     let setup = Setup::new(&issuer).set("HANDSHAKE_TIMEOUT_SECS", LONG);
     let mut relay = setup.set("SHUTDOWN_GRACE_SECS", "0").start();
     let silent: Vec<TcpStream> = (0..10).map(|_| relay.tcp()).collect();
-    eventually("they are being served", LIMIT, || (1..=10).all(|n| relay.has_thread(&format!("connection {n}"))));
+    eventually("they are being served", LIMIT, || {
+        (1..=10).all(|n| relay.has_thread(&format!("connection {n}")))
+    });
     relay.signal("TERM");
     assert_eq!(relay.wait().code(), Some(0));
     drop(silent);
@@ -199,7 +217,9 @@ fn a_key_fetch_does_not_hold_it() {
     let issuer = Issuer::start();
     let mute = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", mute.local_addr().unwrap());
-    let setup = Setup::new(&issuer).set("ISSUER", &url).set("SHUTDOWN_GRACE_SECS", "0");
+    let setup = Setup::new(&issuer)
+        .set("ISSUER", &url)
+        .set("SHUTDOWN_GRACE_SECS", "0");
     let mut relay = setup.start();
     let asked = Instant::now();
     let token = issuer.token_with(json!({"iss": url}));

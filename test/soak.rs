@@ -18,7 +18,8 @@ const PERMITS: &str = "8";
 /// client. Its memory is as good as equal then, if malloc gives back what it could use later, in amounts that depend on
 /// which sessions met: 0.7 MiB in either direction were seen. So the least of the last third of the lines is compared with
 /// the most of the first third, and even in a short run there are two of each.
-const MALLOC: &str = "glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=65536:glibc.malloc.mmap_threshold=131072";
+const MALLOC: &str =
+    "glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=65536:glibc.malloc.mmap_threshold=131072";
 const ALLOWED_KIB: u64 = 1024;
 const LEAST_LINES: usize = 6;
 
@@ -36,9 +37,13 @@ const DAEMON: &str = "read word rest
 fn visit(relay: &Relay, issuer: &Issuer, dice: u64) {
     let refused = |request: &str, status: &str| {
         let answer = relay.exchange(request.as_bytes());
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status} ")), "{answer}");
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status} ")),
+            "{answer}"
+        );
     };
-    let authorization = |token: &str| upgrade_request(&format!("Authorization: Bearer {token}\r\n"));
+    let authorization =
+        |token: &str| upgrade_request(&format!("Authorization: Bearer {token}\r\n"));
     let session = |first: &str| {
         let mut client = relay.connect(&issuer.token());
         client.send(format!("{first}\n"));
@@ -64,7 +69,10 @@ fn visit(relay: &Relay, issuer: &Issuer, dice: u64) {
             echo(&mut client, 8 << 20);
             client.close();
         }
-        35..40 => assert_eq!(session("zeros 20000000").until_close(), (vec![0; 20_000_000], 1000, String::new())),
+        35..40 => assert_eq!(
+            session("zeros 20000000").until_close(),
+            (vec![0; 20_000_000], 1000, String::new())
+        ),
         // Long for the pings, of which there is one a second.
         40..43 => {
             let mut client = session("forks");
@@ -92,39 +100,60 @@ fn visit(relay: &Relay, issuer: &Issuer, dice: u64) {
             while socket.read(&mut [0; 65536]).is_ok_and(|length| length > 0) {}
         }
         71..78 => refused(&authorization("junk"), "401"),
-        78..82 => refused(&authorization(&issuer.token_with(json!({"repository_owner": "x"}))), "403"),
+        78..82 => refused(
+            &authorization(&issuer.token_with(json!({"repository_owner": "x"}))),
+            "403",
+        ),
         82..85 => refused(&authorization(&issuer.token_with(json!({"exp": 1}))), "401"),
         85..88 => refused("GET /nothing HTTP/1.1\r\n\r\n", "404"),
         88..91 => refused("GET /healthz HTTP/1.1\r\n\r\n", "200"),
         91..94 => refused("junk\r\n\r\n", "400"),
         94 => refused(&"p".repeat(20 << 10), "431"),
         95 => refused("GET /relay HTTP", "408"),
-        _ => relay.tcp().write_all(authorization(&issuer.token()).as_bytes().split_at(100).0).unwrap(),
+        _ => relay
+            .tcp()
+            .write_all(authorization(&issuer.token()).as_bytes().split_at(100).0)
+            .unwrap(),
     }
 }
 
 /// Its memory now, in KiB, but for the pages of its own file: how many of those are there is a matter of what ran so far.
 fn rss(relay: &Relay) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", relay.child.id())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("RssAnon:"))
+        .unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 /// Adds up sessions opened, sessions ended, and panics.
 fn count(log: String, sums: &mut [usize; 3]) {
-    for (sum, part) in sums.iter_mut().zip(["session opened ", "session ended ", "panicked"]) {
+    for (sum, part) in sums
+        .iter_mut()
+        .zip(["session opened ", "session ended ", "panicked"])
+    {
         *sum += log.matches(part).count();
     }
 }
 
 fn main() {
-    let minutes: f64 = env::args().nth(1).map_or(Ok(60.0), |text| text.parse()).expect("minutes, as a number");
+    let minutes: f64 = env::args()
+        .nth(1)
+        .map_or(Ok(60.0), |text| text.parse())
+        .expect("minutes, as a number");
     let (start, length) = (Instant::now(), Duration::from_secs_f64(minutes * 60.0));
     let interval = Duration::from_secs(60).min(length / LEAST_LINES as u32);
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).daemon(DAEMON).set("MAX_CONNECTIONS", PERMITS).set("QUEUE_TIMEOUT_SECS", "600");
-    let mut relay =
-        setup.set("KEEPALIVE_SECS", "1").set("HANDSHAKE_TIMEOUT_SECS", "1").env("GLIBC_TUNABLES", MALLOC).start();
+    let setup = Setup::new(&issuer)
+        .daemon(DAEMON)
+        .set("MAX_CONNECTIONS", PERMITS)
+        .set("QUEUE_TIMEOUT_SECS", "600");
+    let mut relay = setup
+        .set("KEEPALIVE_SECS", "1")
+        .set("HANDSHAKE_TIMEOUT_SECS", "1")
+        .env("GLIBC_TUNABLES", MALLOC)
+        .start();
     let before = relay.at_rest();
     let (visits, mut sums, mut memory) = (AtomicU64::new(0), [0; 3], Vec::new());
     println!("minutes   visits sessions  RSS/KiB  threads  descriptors  children");
@@ -135,7 +164,10 @@ fn main() {
                 scope.spawn(|| {
                     while Instant::now() < until {
                         // Neighbours differ, and the order is the same in every run.
-                        let dice = visits.fetch_add(1, Relaxed).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33;
+                        let dice = visits
+                            .fetch_add(1, Relaxed)
+                            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                            >> 33;
                         visit(&relay, &issuer, dice);
                     }
                 });
@@ -155,13 +187,32 @@ fn main() {
         count(relay.log.take(), &mut sums);
         let minutes = start.elapsed().as_secs_f64() / 60.0;
         memory.push(rss(&relay));
-        println!("{minutes:7.1} {:8} {:8} {:8} {counts}", visits.load(Relaxed), sums[0], memory[memory.len() - 1]);
-        assert!(rest, "it had {} threads and {} descriptors before its first client", before.0, before.1);
+        println!(
+            "{minutes:7.1} {:8} {:8} {:8} {counts}",
+            visits.load(Relaxed),
+            sums[0],
+            memory[memory.len() - 1]
+        );
+        assert!(
+            rest,
+            "it had {} threads and {} descriptors before its first client",
+            before.0, before.1
+        );
     }
     count(relay.stop(), &mut sums);
     let third = memory.len() / 3;
-    let (first, last) = (memory[..third].iter().max().unwrap(), memory[memory.len() - third..].iter().min().unwrap());
-    assert!(*last <= first + ALLOWED_KIB, "at least {last} KiB in the last third, at most {first} KiB in the first");
-    assert_eq!((sums[0], sums[2]), (sums[1], 0), "sessions opened and panics, sessions ended and none");
+    let (first, last) = (
+        memory[..third].iter().max().unwrap(),
+        memory[memory.len() - third..].iter().min().unwrap(),
+    );
+    assert!(
+        *last <= first + ALLOWED_KIB,
+        "at least {last} KiB in the last third, at most {first} KiB in the first"
+    );
+    assert_eq!(
+        (sums[0], sums[2]),
+        (sums[1], 0),
+        "sessions opened and panics, sessions ended and none"
+    );
     println!("nothing grows");
 }

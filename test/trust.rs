@@ -44,8 +44,17 @@ fn trust_is_what_the_rule_says() {
 
     for (name, token) in [("trusted", &trusted), ("other", &other)] {
         let file = runner.derivation(&format!("built-by-{name}"), "echo > $out");
-        let (_, log) = texts(&runner.build(&file).env("NIX_RELAY_TOKEN", token).output().unwrap());
-        assert!(farm.file(&runner.out_path(&file)).exists(), "{name} may build: {log}");
+        let (_, log) = texts(
+            &runner
+                .build(&file)
+                .env("NIX_RELAY_TOKEN", token)
+                .output()
+                .unwrap(),
+        );
+        assert!(
+            farm.file(&runner.out_path(&file)).exists(),
+            "{name} may build: {log}"
+        );
     }
     // Input-addressed and unsigned: whoever adds it says what is in it.
     let copy = |name: &str, token: &str| {
@@ -60,6 +69,9 @@ fn trust_is_what_the_rule_says() {
     let (there, log) = copy("copied-by-trusted", &trusted);
     assert!(there, "a trusted client may add what it likes: {log}");
     let (there, log) = copy("copied-by-other", &other);
-    assert!(!there && log.contains("lacks a valid signature"), "one that is not may not: {log}");
+    assert!(
+        !there && log.contains("lacks a valid signature"),
+        "one that is not may not: {log}"
+    );
     farm.relay.log.wait("rule=\"everybody else\"");
 }

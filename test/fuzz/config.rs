@@ -1,6 +1,10 @@
 //! Fuzzes a configuration file.
 #![no_main]
-#![allow(dead_code, private_interfaces, reason = "a target uses a part of main.rs")]
+#![allow(
+    dead_code,
+    private_interfaces,
+    reason = "a target uses a part of main.rs"
+)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 
@@ -10,8 +14,9 @@ mod target {
     use std::path::PathBuf;
     use std::sync::LazyLock;
 
-    static FILE: LazyLock<PathBuf> =
-        LazyLock::new(|| std::env::temp_dir().join(format!("nix-relay-fuzz-{}", std::process::id())));
+    static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
+        std::env::temp_dir().join(format!("nix-relay-fuzz-{}", std::process::id()))
+    });
 
     /// What the configuration is when the file holds this.
     fn load(text: impl AsRef<[u8]>) -> Result<String, String> {
@@ -35,12 +40,18 @@ mod target {
             Err(why) => {
                 // Up to its first colon it says where, and there is such a place.
                 let lines = text.iter().filter(|&&byte| byte == b'\n').count() + 1;
-                let place = why.strip_prefix(FILE.to_str().unwrap()).and_then(|why| why.strip_prefix(':'));
+                let place = why
+                    .strip_prefix(FILE.to_str().unwrap())
+                    .and_then(|why| why.strip_prefix(':'));
                 let line = place.and_then(|place| place.split_once(':')?.0.parse::<usize>().ok());
                 match line {
                     Some(line) => assert!((1..=lines).contains(&line), "{why}"),
                     None => {
-                        assert!(why.starts_with("nobody could connect") || std::str::from_utf8(text).is_err(), "{why}")
+                        assert!(
+                            why.starts_with("nobody could connect")
+                                || std::str::from_utf8(text).is_err(),
+                            "{why}"
+                        )
                     }
                 }
             }

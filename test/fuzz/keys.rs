@@ -1,6 +1,10 @@
 //! Fuzzes what an issuer publishes: a discovery document, an empty line, and a key set.
 #![no_main]
-#![allow(dead_code, private_interfaces, reason = "a target uses a part of main.rs")]
+#![allow(
+    dead_code,
+    private_interfaces,
+    reason = "a target uses a part of main.rs"
+)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 
@@ -27,12 +31,19 @@ mod target {
                 head.find(String::is_empty);
                 let published = PUBLISHED.lock().unwrap();
                 let body = if keys { &published.1 } else { &published.0 };
-                let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+                let head = format!(
+                    "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                    body.len()
+                );
                 let _ = stream.write_all(&[head.as_bytes(), body].concat());
             }
         });
         let file = std::env::temp_dir().join(format!("nix-relay-fuzz-{}", std::process::id()));
-        std::fs::write(&file, format!("[auth]\nallowed_org = \"x\"\nissuer = \"{url}\"")).unwrap();
+        std::fs::write(
+            &file,
+            format!("[auth]\nallowed_org = \"x\"\nissuer = \"{url}\""),
+        )
+        .unwrap();
         let config = config::load(Some(&file)).unwrap().0;
         std::fs::remove_file(file).unwrap();
         (url, oidc::start(&config).unwrap().remove(0))
@@ -40,10 +51,14 @@ mod target {
 
     /// Whether a JSON Web Key could be one to verify signatures with, as README.md has it.
     fn could_verify(key: &Value) -> bool {
-        let modulus = key["n"].as_str().and_then(|n| Base64UrlSafeNoPadding::decode_to_vec(n, None).ok());
+        let modulus = key["n"]
+            .as_str()
+            .and_then(|n| Base64UrlSafeNoPadding::decode_to_vec(n, None).ok());
         let bits = modulus.map_or(0, |n| {
             let zeros = n.iter().take_while(|&&byte| byte == 0).count();
-            n.get(zeros).map_or(0, |first| (n.len() - zeros) * 8 - first.leading_zeros() as usize)
+            n.get(zeros).map_or(0, |first| {
+                (n.len() - zeros) * 8 - first.leading_zeros() as usize
+            })
         });
         let kind = match key["kty"].as_str() {
             Some("RSA") => (2048..=4096).contains(&bits),
@@ -68,8 +83,17 @@ mod target {
         if let Ok(keys) = issuer.published(Instant::now() + Duration::from_secs(10)) {
             assert!(parsed["issuer"] == **url && !uri.is_empty());
             let set: Value = serde_json::from_str(set).unwrap();
-            let useful = set["keys"].as_array().unwrap().iter().filter(|key| could_verify(key)).count();
-            assert!(!keys.is_empty() && keys.len() <= useful * 6, "{} of {useful} in {set}", keys.len());
+            let useful = set["keys"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(|key| could_verify(key))
+                .count();
+            assert!(
+                !keys.is_empty() && keys.len() <= useful * 6,
+                "{} of {useful} in {set}",
+                keys.len()
+            );
         }
     });
 }

@@ -1,7 +1,11 @@
 //! Fuzzes a client's frames into a session whose daemon is cat: a byte that says how many of the next come with the
 //! request head, and what the client sends.
 #![no_main]
-#![allow(dead_code, private_interfaces, reason = "a target uses a part of main.rs")]
+#![allow(
+    dead_code,
+    private_interfaces,
+    reason = "a target uses a part of main.rs"
+)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 
@@ -22,10 +26,18 @@ mod target {
 
     static STAGE: LazyLock<Stage> = LazyLock::new(|| {
         let file = std::env::temp_dir().join(format!("nix-relay-fuzz-{}", std::process::id()));
-        fs::write(&file, "[auth]\nallowed_org = \"x\"\n[daemon]\nnix_daemon_path = \"cat\"").unwrap();
+        fs::write(
+            &file,
+            "[auth]\nallowed_org = \"x\"\n[daemon]\nnix_daemon_path = \"cat\"",
+        )
+        .unwrap();
         let config = config::load(Some(&file)).unwrap().0;
         fs::remove_file(file).unwrap();
-        Stage { config, listener: TcpListener::bind("127.0.0.1:0").unwrap(), closing: std::io::pipe().unwrap() }
+        Stage {
+            config,
+            listener: TcpListener::bind("127.0.0.1:0").unwrap(),
+            closing: std::io::pipe().unwrap(),
+        }
     });
 
     /// How many of the client's bytes are good frames that go on with the session, and the data in them (RFC 6455,
@@ -34,7 +46,10 @@ mod target {
         let (mut length, mut data, mut message) = (0, Vec::new(), None::<Vec<u8>>);
         while let Some((first, masked, mask, payload, rest)) = frame(&bytes[length..]) {
             let (last, size) = (first & 0x80 != 0, payload.len());
-            let payload = payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask);
+            let payload = payload
+                .iter()
+                .zip(mask.iter().cycle())
+                .map(|(byte, mask)| byte ^ mask);
             match first & 0x7F {
                 _ if !masked => break,
                 0 if message.is_some() => message.as_mut().unwrap().extend(payload),
@@ -67,7 +82,9 @@ mod target {
         }
         let mut mask = [0; 4];
         if second & 0x80 != 0 {
-            (mask, rest) = rest.split_first_chunk().map(|(mask, after)| (*mask, after))?;
+            (mask, rest) = rest
+                .split_first_chunk()
+                .map(|(mask, after)| (*mask, after))?;
         }
         let (payload, rest) = rest.split_at_checked(length.try_into().ok()?)?;
         Some((first, second & 0x80 != 0, mask, payload, rest))
@@ -84,9 +101,14 @@ mod target {
             answer.extend(&chunk[..length]);
         }
         // It may hang up in the middle of this.
-        let _ = socket.write_all(&bytes[understood..]).and(socket.shutdown(Shutdown::Write));
+        let _ = socket
+            .write_all(&bytes[understood..])
+            .and(socket.shutdown(Shutdown::Write));
         let _ = socket.read_to_end(&mut answer);
-        assert_eq!(echo(&answer).escape_ascii().to_string(), data.escape_ascii().to_string());
+        assert_eq!(
+            echo(&answer).escape_ascii().to_string(),
+            data.escape_ascii().to_string()
+        );
     }
 
     /// The data in the relay's frames, the last of which may not be whole.
@@ -106,18 +128,33 @@ mod target {
 
     /// How many descriptors and children there are; libFuzzer has some of its own.
     fn held() -> (usize, usize) {
-        let children = |task: fs::DirEntry| fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        let tasks = fs::read_dir("/proc/self/task").unwrap().flatten().map(children);
-        let children = tasks.map(|children| children.split_whitespace().count()).sum();
+        let children = |task: fs::DirEntry| {
+            fs::read_to_string(task.path().join("children")).unwrap_or_default()
+        };
+        let tasks = fs::read_dir("/proc/self/task")
+            .unwrap()
+            .flatten()
+            .map(children);
+        let children = tasks
+            .map(|children| children.split_whitespace().count())
+            .sum();
         (fs::read_dir("/proc/self/fd").unwrap().count(), children)
     }
 
     fuzz_target!(|bytes: &[u8]| {
-        let Some((&with_head, bytes)) = bytes.split_first() else { return };
-        let Stage { config, listener, closing } = &*STAGE;
+        let Some((&with_head, bytes)) = bytes.split_first() else {
+            return;
+        };
+        let Stage {
+            config,
+            listener,
+            closing,
+        } = &*STAGE;
         let before = held();
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
         let served = Arc::new(listener.accept().unwrap().0);
         let (understood, data) = understood(bytes);
         let with_head = usize::from(with_head).min(understood);

@@ -1,7 +1,11 @@
 //! Fuzzes a token against a fixed key set: a text in which the parts of a good token may be named, or, if it has two
 //! lines, a header and claims, which are signed as a good token is.
 #![no_main]
-#![allow(dead_code, private_interfaces, reason = "a target uses a part of main.rs")]
+#![allow(
+    dead_code,
+    private_interfaces,
+    reason = "a target uses a part of main.rs"
+)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 
@@ -27,13 +31,19 @@ mod target {
         let published = issuer::Issuer::start();
         let url = published.url();
         let file = std::env::temp_dir().join(format!("nix-relay-fuzz-{}", std::process::id()));
-        std::fs::write(&file, format!("[auth]\nallowed_org = \"x\"\nissuer = \"{url}\"")).unwrap();
+        std::fs::write(
+            &file,
+            format!("[auth]\nallowed_org = \"x\"\nissuer = \"{url}\""),
+        )
+        .unwrap();
         let config = config::load(Some(&file)).unwrap().0;
         std::fs::remove_file(file).unwrap();
         let stage = Stage {
             good: signed(
                 r#"{"alg":"EdDSA","kid":"ed25519"}"#,
-                &published.claims(serde_json::json!({"exp": 1u64 << 32})).to_string(),
+                &published
+                    .claims(serde_json::json!({"exp": 1u64 << 32}))
+                    .to_string(),
             ),
             issuers: oidc::start(&config).unwrap(),
             url,
@@ -49,25 +59,36 @@ mod target {
 
     fn signed(header: &str, claims: &str) -> String {
         let signed = format!("{}.{}", base64(header), base64(claims));
-        let signature = issuer::keys().ed25519.key_pair().as_ref().sk.sign(&signed, None);
+        let signature = issuer::keys()
+            .ed25519
+            .key_pair()
+            .as_ref()
+            .sk
+            .sign(&signed, None);
         format!("{signed}.{}", base64(signature.as_ref()))
     }
 
     /// What README.md says is checked, by other means.
     fn may_pass(header: &str, claims: &str) -> bool {
-        let (header, claims): (Value, Value) = match (serde_json::from_str(header), serde_json::from_str(claims)) {
-            (Ok(header), Ok(claims)) => (header, claims),
-            _ => return false,
-        };
+        let (header, claims): (Value, Value) =
+            match (serde_json::from_str(header), serde_json::from_str(claims)) {
+                (Ok(header), Ok(claims)) => (header, claims),
+                _ => return false,
+            };
         let holds = |value: &Value| value == issuer::AUDIENCE;
         let time = |name: &str| claims[name].as_f64();
         let now = issuer::now() as f64;
         header["alg"] == "EdDSA"
             && (header["kid"].is_null() || header["kid"] == "ed25519")
             && claims["iss"] == STAGE.url
-            && (holds(&claims["aud"]) || claims["aud"].as_array().is_some_and(|all| all.iter().any(holds)))
+            && (holds(&claims["aud"])
+                || claims["aud"]
+                    .as_array()
+                    .is_some_and(|all| all.iter().any(holds)))
             && time("exp").is_some_and(|at| at >= now - 61.0)
-            && ["nbf", "iat"].iter().all(|name| time(name).is_none_or(|at| at <= now + 61.0))
+            && ["nbf", "iat"]
+                .iter()
+                .all(|name| time(name).is_none_or(|at| at <= now + 61.0))
     }
 
     fuzz_target!(|text: &str| {
@@ -78,7 +99,10 @@ mod target {
             }
             None => {
                 let parts: Vec<_> = STAGE.good.split('.').collect();
-                let token = text.replace("HEADER", parts[0]).replace("CLAIMS", parts[1]).replace("SIGNATURE", parts[2]);
+                let token = text
+                    .replace("HEADER", parts[0])
+                    .replace("CLAIMS", parts[1])
+                    .replace("SIGNATURE", parts[2]);
                 let good = token == STAGE.good;
                 (token, good)
             }
@@ -89,7 +113,9 @@ mod target {
                 assert_eq!(answer.status, 401);
                 assert!(!answer.line.contains(char::is_control), "{:?}", answer.line);
                 // No word of the answer is as long.
-                let secret = |part: &&str| part.len() > 20 && !part.contains(' ') && answer.line.contains(*part);
+                let secret = |part: &&str| {
+                    part.len() > 20 && !part.contains(' ') && answer.line.contains(*part)
+                };
                 assert_eq!(token.split('.').find(secret), None, "{}", answer.line);
             }
         }

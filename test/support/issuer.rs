@@ -39,13 +39,24 @@ pub fn keys() -> &'static Keys {
 /// The public keys, as they are published: RSA, P-256, P-384, Ed25519.
 pub fn published() -> [Value; 4] {
     let keys = keys();
-    let (p256, p384) = (keys.p256.public_key().to_jwk(), keys.p384.public_key().to_jwk());
-    let all = [keys.rsa.public_key().to_jwk(), p256, p384, keys.ed25519.public_key().to_jwk()];
+    let (p256, p384) = (
+        keys.p256.public_key().to_jwk(),
+        keys.p384.public_key().to_jwk(),
+    );
+    let all = [
+        keys.rsa.public_key().to_jwk(),
+        p256,
+        p384,
+        keys.ed25519.public_key().to_jwk(),
+    ];
     all.map(|key| jwk(&key, json!({})))
 }
 
 pub fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap()
+        .as_secs()
 }
 
 /// Claims as they are, with nothing added or checked.
@@ -112,8 +123,17 @@ impl Issuer {
 
     pub fn on(address: &str) -> Issuer {
         let server = Arc::new(tiny_http::Server::http(address).unwrap());
-        let issuer = Issuer { server, answers: Arc::default(), delays: Arc::default(), requests: Arc::default() };
-        let (server, answers, delays) = (issuer.server.clone(), issuer.answers.clone(), issuer.delays.clone());
+        let issuer = Issuer {
+            server,
+            answers: Arc::default(),
+            delays: Arc::default(),
+            requests: Arc::default(),
+        };
+        let (server, answers, delays) = (
+            issuer.server.clone(),
+            issuer.answers.clone(),
+            issuer.delays.clone(),
+        );
         let (requests, url) = (issuer.requests.clone(), issuer.url());
         std::thread::spawn(move || {
             for request in server.incoming_requests() {
@@ -121,11 +141,21 @@ impl Issuer {
                 requests.lock().unwrap().push(request.url().to_owned());
                 let wrong = answers.lock().unwrap().get(&path).cloned();
                 let (status, body) = wrong.unwrap_or_else(|| respond(&url, &path, &request));
-                let mut response = tiny_http::Response::from_string(&*body).with_status_code(status);
+                let mut response =
+                    tiny_http::Response::from_string(&*body).with_status_code(status);
                 if status / 100 == 3 {
-                    response.add_header(format!("Location: {body}").parse::<tiny_http::Header>().unwrap());
+                    response.add_header(
+                        format!("Location: {body}")
+                            .parse::<tiny_http::Header>()
+                            .unwrap(),
+                    );
                 }
-                let delay = delays.lock().unwrap().get(&path).copied().unwrap_or_default();
+                let delay = delays
+                    .lock()
+                    .unwrap()
+                    .get(&path)
+                    .copied()
+                    .unwrap_or_default();
                 std::thread::spawn(move || {
                     std::thread::sleep(delay);
                     let _ = request.respond(response);
@@ -141,7 +171,10 @@ impl Issuer {
 
     /// From now on, what a path answers; the body of a redirect is where it leads.
     pub fn answer(&self, path: &str, status: u16, body: &str) {
-        self.answers.lock().unwrap().insert(path.into(), (status, body.into()));
+        self.answers
+            .lock()
+            .unwrap()
+            .insert(path.into(), (status, body.into()));
     }
 
     /// From now on, how long a path's answers take.
@@ -198,9 +231,14 @@ fn respond(url: &str, path: &str, request: &tiny_http::Request) -> (u16, String)
         "/jwks" => json!({"keys": published()}),
         "/token" => {
             let bearer = format!("Bearer {REQUEST_TOKEN}");
-            let allowed =
-                request.headers().iter().any(|h| h.field.equiv("Authorization") && h.value.as_str() == bearer);
-            let audience = request.url().split(['?', '&']).find_map(|p| p.strip_prefix("audience="));
+            let allowed = request
+                .headers()
+                .iter()
+                .any(|h| h.field.equiv("Authorization") && h.value.as_str() == bearer);
+            let audience = request
+                .url()
+                .split(['?', '&'])
+                .find_map(|p| p.strip_prefix("audience="));
             match (allowed, audience) {
                 (true, Some(audience)) => {
                     let audience = audience.replace("%3A", ":").replace("%2F", "/");

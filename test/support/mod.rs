@@ -70,7 +70,10 @@ impl Dir {
 impl Drop for Dir {
     fn drop(&mut self) {
         // Paths of a Nix store are read-only, and so are its directories.
-        let _ = Command::new("chmod").args(["-R", "u+w"]).arg(&self.0).status();
+        let _ = Command::new("chmod")
+            .args(["-R", "u+w"])
+            .arg(&self.0)
+            .status();
         let _ = fs::remove_dir_all(&self.0);
     }
 }
@@ -108,7 +111,11 @@ impl Log {
     }
 
     pub fn text(&self) -> String {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// The same, and forgets it: a long run would fill memory.
@@ -119,9 +126,16 @@ impl Log {
 
     /// The first line that contains `part`, as soon as there is one.
     pub fn wait(&self, part: &str) -> String {
-        let find = |text: &str| text.lines().find(|line| line.contains(part)).map(String::from);
+        let find = |text: &str| {
+            text.lines()
+                .find(|line| line.contains(part))
+                .map(String::from)
+        };
         let text = self.0.0.lock().unwrap();
-        let result = self.0.1.wait_timeout_while(text, LIMIT, |text| find(text).is_none());
+        let result = self
+            .0
+            .1
+            .wait_timeout_while(text, LIMIT, |text| find(text).is_none());
         // A copy, because a panic with the lock held would become an abort in a relay's drop.
         let text = result.unwrap().0.clone();
         find(&text).unwrap_or_else(|| panic!("no line with {part:?} in the log:\n{text}"))
@@ -180,7 +194,11 @@ impl Setup {
     /// Shell commands that the relay's process runs before it becomes the relay.
     pub fn under(mut self, commands: &str) -> Setup {
         let mut shell = Command::new("bash");
-        shell.args(["-c", &format!("{commands}; exec \"$0\""), env!("CARGO_BIN_EXE_nix-relay")]);
+        shell.args([
+            "-c",
+            &format!("{commands}; exec \"$0\""),
+            env!("CARGO_BIN_EXE_nix-relay"),
+        ]);
         for (name, value) in self.command.get_envs() {
             match value {
                 Some(value) => shell.env(name, value),
@@ -192,11 +210,21 @@ impl Setup {
     }
 
     pub fn start(mut self) -> Relay {
-        let mut child = self.command.stderr(Stdio::piped()).stdin(Stdio::null()).spawn().unwrap();
+        let mut child = self
+            .command
+            .stderr(Stdio::piped())
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
         let log = Log::of(child.stderr.take().unwrap());
         let line = log.wait("listening address=");
         let address = line.split_once("address=").unwrap().1.parse().unwrap();
-        Relay { address, log, child, _dir: self.dir }
+        Relay {
+            address,
+            log,
+            child,
+            _dir: self.dir,
+        }
     }
 }
 
@@ -237,7 +265,8 @@ impl Relay {
 
     /// A WebSocket with a session behind it.
     pub fn connect(&self, token: &str) -> Client {
-        self.try_connect(token).unwrap_or_else(|answer| panic!("no session: {answer}"))
+        self.try_connect(token)
+            .unwrap_or_else(|answer| panic!("no session: {answer}"))
     }
 
     /// The same, or the answer that is not 101.
@@ -269,21 +298,29 @@ impl Relay {
 
     /// How many threads and descriptors the relay has.
     pub fn resources(&self) -> (usize, usize) {
-        let count = |what| fs::read_dir(format!("/proc/{}/{what}", self.child.id())).unwrap().count();
+        let count = |what| {
+            fs::read_dir(format!("/proc/{}/{what}", self.child.id()))
+                .unwrap()
+                .count()
+        };
         (count("task"), count("fd"))
     }
 
     /// What it has before its first client, to compare with in `back_to`.
     pub fn at_rest(&self) -> (usize, usize) {
         self.log.wait("fetched keys");
-        eventually("its last thread is there", LIMIT, || self.has_thread("signals"));
+        eventually("its last thread is there", LIMIT, || {
+            self.has_thread("signals")
+        });
         self.resources()
     }
 
     /// Whether one of its threads has this name.
     pub fn has_thread(&self, name: &str) -> bool {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
-        let mut names = tasks.flatten().map(|task| fs::read_to_string(task.path().join("comm")));
+        let mut names = tasks
+            .flatten()
+            .map(|task| fs::read_to_string(task.path().join("comm")));
         names.any(|found| found.is_ok_and(|found| found.trim() == name))
     }
 
@@ -298,8 +335,16 @@ impl Relay {
     /// The most memory that it has had, in MiB.
     pub fn peak_memory(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() >> 10
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmHWM:"))
+            .unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+            >> 10
     }
 }
 
@@ -307,7 +352,10 @@ impl Drop for Relay {
     fn drop(&mut self) {
         if thread::panicking() {
             let text = self.log.text();
-            let lines: Vec<String> = text.lines().map(|l| l.chars().take(300).collect()).collect();
+            let lines: Vec<String> = text
+                .lines()
+                .map(|l| l.chars().take(300).collect())
+                .collect();
             let last = &lines[lines.len().saturating_sub(200)..];
             eprintln!("--- the end of the relay's log:\n{}\n---", last.join("\n"));
         }
@@ -363,8 +411,14 @@ pub fn open(mut stream: TcpStream, token: &str) -> Result<Client, String> {
         let _ = stream.read_to_string(&mut body);
         return Err(head + &body);
     }
-    let config = WebSocketConfig::default().max_frame_size(None).max_message_size(None);
-    Ok(Client(WebSocket::from_raw_socket(stream, Role::Client, Some(config))))
+    let config = WebSocketConfig::default()
+        .max_frame_size(None)
+        .max_message_size(None);
+    Ok(Client(WebSocket::from_raw_socket(
+        stream,
+        Role::Client,
+        Some(config),
+    )))
 }
 
 /// The client's end of a session.
@@ -399,10 +453,16 @@ impl Client {
     pub fn until_close(&mut self) -> (Vec<u8>, u16, String) {
         let mut data = Vec::new();
         loop {
-            match self.0.read().unwrap_or_else(|e| panic!("no Close, but {e}")) {
+            match self
+                .0
+                .read()
+                .unwrap_or_else(|e| panic!("no Close, but {e}"))
+            {
                 Message::Binary(bytes) => data.extend_from_slice(&bytes),
                 Message::Close(frame) => {
-                    let (code, reason) = frame.map_or((1005, String::new()), |f| (f.code.into(), f.reason.to_string()));
+                    let (code, reason) = frame.map_or((1005, String::new()), |f| {
+                        (f.code.into(), f.reason.to_string())
+                    });
                     return (data, code, reason);
                 }
                 _ => {}
@@ -443,7 +503,9 @@ pub fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
 
 /// `kill -NAME id`, by the shell: a small Debian has no such program.
 pub fn signal(name: &str, id: u32) {
-    let status = Command::new("sh").args(["-c", &format!("kill -{name} {id}")]).status();
+    let status = Command::new("sh")
+        .args(["-c", &format!("kill -{name} {id}")])
+        .status();
     assert!(status.unwrap().success());
 }
 
@@ -459,9 +521,16 @@ pub fn wait(child: &mut Child, limit: Duration) -> ExitStatus {
 /// All processes below this one, zombies too.
 pub fn descendants(id: u32) -> Vec<u32> {
     let mut found = Vec::new();
-    for task in fs::read_dir(format!("/proc/{id}/task")).into_iter().flatten().flatten() {
+    for task in fs::read_dir(format!("/proc/{id}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        for child in children.split_whitespace().filter_map(|child| child.parse().ok()) {
+        for child in children
+            .split_whitespace()
+            .filter_map(|child| child.parse().ok())
+        {
             found.push(child);
             found.extend(descendants(child));
         }
@@ -471,11 +540,18 @@ pub fn descendants(id: u32) -> Vec<u32> {
 
 /// Whether a process that had this in its arguments or environment is still there.
 pub fn anyone_with(mark: &str) -> bool {
-    let has = |file: PathBuf| fs::read(file).is_ok_and(|bytes| bytes.windows(mark.len()).any(|w| w == mark.as_bytes()));
+    let has = |file: PathBuf| {
+        fs::read(file).is_ok_and(|bytes| bytes.windows(mark.len()).any(|w| w == mark.as_bytes()))
+    };
     fs::read_dir("/proc").unwrap().flatten().any(|entry| {
         let path = entry.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().parse::<u32>();
-        name.is_ok_and(|id| id != std::process::id()) && (has(path.join("cmdline")) || has(path.join("environ")))
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .parse::<u32>();
+        name.is_ok_and(|id| id != std::process::id())
+            && (has(path.join("cmdline")) || has(path.join("environ")))
     })
 }
 

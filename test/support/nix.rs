@@ -15,15 +15,25 @@ pub fn job(program: impl AsRef<std::ffi::OsStr>, home: &Dir) -> Command {
     let tools = project("target/tools/bin").display().to_string();
     let path = format!("{tools}:{}", env::var("PATH").unwrap());
     let mut command = Command::new(program);
-    command.env_clear().env("PATH", path).env("HOME", home.path("")).stdin(Stdio::null());
+    command
+        .env_clear()
+        .env("PATH", path)
+        .env("HOME", home.path(""))
+        .stdin(Stdio::null());
     command
 }
 
 /// What a GitHub job finds to get its token with.
 pub fn token_variables(issuer: &Issuer) -> [(&'static str, String); 2] {
     [
-        ("ACTIONS_ID_TOKEN_REQUEST_URL", format!("{}/token", issuer.url())),
-        ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", issuer::REQUEST_TOKEN.into()),
+        (
+            "ACTIONS_ID_TOKEN_REQUEST_URL",
+            format!("{}/token", issuer.url()),
+        ),
+        (
+            "ACTIONS_ID_TOKEN_REQUEST_TOKEN",
+            issuer::REQUEST_TOKEN.into(),
+        ),
     ]
 }
 
@@ -47,9 +57,17 @@ impl Farm {
         let init = first.arg(remote.path("nix")).args(["nix-store", "--init"]);
         assert!(init.env("NIX_CONFIG", CONFIG).status().unwrap().success());
         let in_remote = format!("{own_store} {}", remote.path("nix").display());
-        let setup = Setup::new(&issuer).daemon("exec $IN_REMOTE nix-daemon \"$@\"").env("IN_REMOTE", &in_remote);
-        let setup = setup.env("NIX_CONFIG", CONFIG).env("HOME", remote.path("").to_str().unwrap());
-        Farm { relay: change(setup).start(), issuer, remote }
+        let setup = Setup::new(&issuer)
+            .daemon("exec $IN_REMOTE nix-daemon \"$@\"")
+            .env("IN_REMOTE", &in_remote);
+        let setup = setup
+            .env("NIX_CONFIG", CONFIG)
+            .env("HOME", remote.path("").to_str().unwrap());
+        Farm {
+            relay: change(setup).start(),
+            issuer,
+            remote,
+        }
     }
 
     pub fn runner(&self) -> Runner {
@@ -58,13 +76,20 @@ impl Farm {
 
     /// One that reaches the relay at another address.
     pub fn runner_for(&self, address: SocketAddr) -> Runner {
-        Runner { url: format!("ws://{address}"), token: token_variables(&self.issuer), local: Dir::new() }
+        Runner {
+            url: format!("ws://{address}"),
+            token: token_variables(&self.issuer),
+            local: Dir::new(),
+        }
     }
 
     /// A program for which the remote store is its own.
     pub fn command(&self, program: &str) -> Command {
         let mut command = job(project("test/support/own-store"), &self.remote);
-        command.arg(self.remote.path("nix")).arg(program).env("NIX_CONFIG", CONFIG);
+        command
+            .arg(self.remote.path("nix"))
+            .arg(program)
+            .env("NIX_CONFIG", CONFIG);
         command
     }
 
@@ -84,13 +109,23 @@ pub struct Runner {
 impl Runner {
     /// One that is not given a relay.
     pub fn alone() -> Runner {
-        Runner { url: String::new(), token: Default::default(), local: Dir::new() }
+        Runner {
+            url: String::new(),
+            token: Default::default(),
+            local: Dir::new(),
+        }
     }
 
     pub fn nix(&self, arguments: &[&str]) -> Command {
         let mut command = job(project("test/support/own-store"), &self.local);
-        command.arg(self.local.path("nix")).arg("nix").args(arguments);
-        command.env("NIX_CONFIG", CONFIG).env("NIX_RELAY_URL", &self.url).envs(self.token.clone());
+        command
+            .arg(self.local.path("nix"))
+            .arg("nix")
+            .args(arguments);
+        command
+            .env("NIX_CONFIG", CONFIG)
+            .env("NIX_RELAY_URL", &self.url)
+            .envs(self.token.clone());
         command
     }
 
@@ -104,7 +139,10 @@ impl Runner {
 
     /// The store behind the relay.
     pub fn remote(&self) -> String {
-        format!("ssh-ng://localhost?remote-program={}", project("client.sh").display())
+        format!(
+            "ssh-ng://localhost?remote-program={}",
+            project("client.sh").display()
+        )
     }
 
     /// A file with a derivation of these attributes; `args` is a script for /bin/sh.
@@ -113,13 +151,26 @@ impl Runner {
     }
 
     pub fn expression(&self, name: &str, text: &str) -> String {
-        self.local.write(&format!("{name}.nix"), text).display().to_string()
+        self.local
+            .write(&format!("{name}.nix"), text)
+            .display()
+            .to_string()
     }
 
     /// `nix build` on the remote store.
     pub fn build(&self, file: &str) -> Command {
         let remote = self.remote();
-        self.nix(&["build", "--eval-store", "auto", "--store", &remote, "-L", "--no-link", "-f", file])
+        self.nix(&[
+            "build",
+            "--eval-store",
+            "auto",
+            "--store",
+            &remote,
+            "-L",
+            "--no-link",
+            "-f",
+            file,
+        ])
     }
 
     /// The path of the result, whether or not it is there.
@@ -141,7 +192,12 @@ pub fn derivation(name: &str, script: &str) -> String {
 }
 
 fn in_store(dir: &Dir, store_path: &str) -> PathBuf {
-    dir.path("nix").join(store_path.trim().strip_prefix("/var/lib/nix-relay-test/").unwrap())
+    dir.path("nix").join(
+        store_path
+            .trim()
+            .strip_prefix("/var/lib/nix-relay-test/")
+            .unwrap(),
+    )
 }
 
 /// Standard output and standard error.
@@ -164,7 +220,9 @@ impl Proxy {
         let kept = sockets.clone();
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let Ok(server) = TcpStream::connect(target) else { return };
+                let Ok(server) = TcpStream::connect(target) else {
+                    return;
+                };
                 for (from, to) in [(&client, &server), (&server, &client)] {
                     let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
                     thread::spawn(move || {
