@@ -17,7 +17,7 @@ const DAEMON: &str = "read word
         echo) exec cat;;
         stuck) exec sleep 1000;;
         zeros) cat /dev/zero & cat >/dev/null; kill $!;;
-        count) read go <\"$GO\"; wc -c;;
+        count) read go <\"$1\"; wc -c;;
     esac";
 
 /// A relay with a keepalive of a second, so that a client is gone after three.
@@ -155,7 +155,7 @@ fn a_daemon_that_stops_reading() {
     assert!(Command::new("mkfifo").arg(&go).status().unwrap().success());
     let relay = Setup::new(&issuer)
         .daemon(DAEMON)
-        .env("GO", go.to_str().unwrap())
+        .set("EXTRA_ARGS", go.to_str().unwrap())
         .start();
     let mut client = relay.connect(&issuer.token());
     client.send("count\n");

@@ -139,7 +139,7 @@ fn each_row_is_true() {
 #[test]
 fn what_nix_says() {
     let farm = Farm::start_with(|setup| {
-        setup.daemon("exec $IN_REMOTE setpriv --reuid=65534 --clear-groups nix-daemon --stdio")
+        setup.daemon("exec $NIX_IN_REMOTE setpriv --reuid=65534 --clear-groups nix-daemon --stdio")
     });
     let runner = farm.runner();
     let file = runner.derivation("unsigned", "echo > $out");

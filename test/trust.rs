@@ -19,8 +19,8 @@ extra_args = ['nobody']
 /// bytes on to the system's daemon.
 const DAEMON: &str = "
 case $1 in
-root) exec $IN_REMOTE nix-daemon --stdio ;;
-nobody) exec $IN_REMOTE setpriv --reuid=65534 --regid=65534 --clear-groups nix-daemon --stdio ;;
+root) exec $NIX_IN_REMOTE nix-daemon --stdio ;;
+nobody) exec $NIX_IN_REMOTE setpriv --reuid=65534 --regid=65534 --clear-groups nix-daemon --stdio ;;
 esac";
 
 struct Killed(Child);

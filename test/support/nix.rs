@@ -58,8 +58,8 @@ impl Farm {
         assert!(init.env("NIX_CONFIG", CONFIG).status().unwrap().success());
         let in_remote = format!("{own_store} {}", remote.path("nix").display());
         let setup = Setup::new(&issuer)
-            .daemon("exec $IN_REMOTE nix-daemon \"$@\"")
-            .env("IN_REMOTE", &in_remote);
+            .daemon("exec $NIX_IN_REMOTE nix-daemon \"$@\"")
+            .env("NIX_IN_REMOTE", &in_remote);
         let setup = setup
             .env("NIX_CONFIG", CONFIG)
             .env("HOME", remote.path("").to_str().unwrap());
