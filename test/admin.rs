@@ -201,17 +201,11 @@ fn prometheus_can_read_them() {
     }
 }
 
-/// The rules of the README, over metrics that there are.
+/// nix/alerts.yml, over metrics that there are.
 #[test]
 fn alert_rules() {
-    let readme = std::fs::read_to_string(project("README.md")).unwrap();
-    let rules = readme
-        .split("```yaml\n")
-        .find(|text| text.starts_with("groups:"))
-        .expect("no rules in the README");
-    let rules = rules.split("```").next().unwrap();
-    let dir = Dir::new();
-    let file = dir.write("rules.yml", rules);
+    let file = project("nix/alerts.yml");
+    let rules = std::fs::read_to_string(&file).unwrap();
     let said = promtool(&["rules", file.to_str().unwrap()], "");
     assert!(said.contains("SUCCESS: 5 rules found"), "{said}");
     let issuer = Issuer::start();

@@ -1,4 +1,4 @@
-//! Behind nginx, HAProxy and Caddy, as README.md configures them.
+//! Behind nginx, HAProxy and Caddy, as the files in nix/ configure them.
 
 use crate::support::{nix::*, *};
 use rustix::net::{self, AddressFamily, SocketType, sockopt};
@@ -10,11 +10,12 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Each runs in a directory of its own, from a file `conf`.
 struct Program {
-    /// Also what README.md calls the language of its configuration.
     name: &'static str,
-    /// What its package has around that.
+    /// Its configuration, in nix/.
+    file: &'static str,
+    /// What its package has around that file.
     around: &'static str,
-    /// In README.md, and here.
+    /// In that file, and here.
     listen: (&'static str, &'static str),
     start: &'static str,
     /// What it says once it can be reloaded, too.
@@ -25,9 +26,10 @@ struct Program {
 
 static NGINX: Program = Program {
     name: "nginx",
+    file: "nginx.conf",
     around: "daemon off; worker_processes 2; error_log stderr notice; pid pid; events {}
         http { access_log /dev/stdout; client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c;
-        uwsgi_temp_path d; scgi_temp_path e;\nREADME}",
+        uwsgi_temp_path d; scgi_temp_path e;\nFILE}",
     listen: ("listen 443 ssl;", "listen 127.0.0.1:PORT ssl reuseport;"),
     start: "exec nginx -e stderr -p $PWD -c $PWD/conf",
     ready: "start worker process ",
@@ -36,9 +38,10 @@ static NGINX: Program = Program {
 
 static HAPROXY: Program = Program {
     name: "haproxy",
+    file: "haproxy.cfg",
     around:
         "global\n log stdout format raw local0\ndefaults\n log global\n mode http\n option httplog
-        timeout connect 5s\n timeout client 50s\n timeout server 50s\nREADME",
+        timeout connect 5s\n timeout client 50s\n timeout server 50s\nFILE",
     listen: ("bind :443 ", "bind 127.0.0.1:PORT "),
     start: "exec haproxy -W -f conf",
     ready: "Loading success",
@@ -47,7 +50,8 @@ static HAPROXY: Program = Program {
 
 static CADDY: Program = Program {
     name: "caddy",
-    around: "{\n admin unix/admin\n auto_https disable_redirects\n}\nREADME",
+    file: "Caddyfile",
+    around: "{\n admin unix/admin\n auto_https disable_redirects\n}\nFILE",
     listen: (
         "relay.example.com {",
         "https://localhost:PORT {\nbind 127.0.0.1",
@@ -79,6 +83,7 @@ through! {
     a_new_release_beside_the_old: nginx NGINX, haproxy HAPROXY, caddy CADDY;
     the_next_session_goes_where_the_fewest_are: nginx NGINX, haproxy HAPROXY, caddy CADDY;
     those_from_one_address_stay_together: nginx NGINX, haproxy HAPROXY, caddy CADDY;
+    what_one_client_causes_keeps_nobody_out: nginx NGINX, haproxy HAPROXY, caddy CADDY;
     forty_sessions_on_three_relays: nginx NGINX, haproxy HAPROXY;
     builds_on_three_machines: nginx NGINX, haproxy HAPROXY;
 }
@@ -237,7 +242,7 @@ impl Drop for Running {
     }
 }
 
-/// Writes its configuration: what README.md has, with the port, the certificates and the relays of a test.
+/// Writes its configuration: the file in nix/, with the port, the certificates and the relays of a test.
 fn configure(
     program: &Program,
     dir: &Dir,
@@ -245,27 +250,20 @@ fn configure(
     relays: &[SocketAddr],
     change: fn(String) -> String,
 ) {
-    let readme = fs::read_to_string(project("README.md")).unwrap();
-    let block = readme
-        .split_once(&format!("```{}\n", program.name))
-        .unwrap()
-        .1
-        .split_once("```\n")
-        .unwrap()
-        .0;
+    let file = fs::read_to_string(project("nix").join(program.file)).unwrap();
     let (there, here) = program.listen;
     let here = here.replace("PORT", &port.local_addr().unwrap().port().to_string());
     assert!(
-        block.contains(there)
-            && block.contains("/etc/ssl/")
-            && block.matches("127.0.0.1:8080").count() == 1
+        file.contains(there)
+            && file.contains("/etc/ssl/")
+            && file.matches("127.0.0.1:8080").count() == 1
     );
-    let block = block
+    let file = file
         .replace(there, &here)
         .replace("relay.example.com", "localhost")
         .replace("/etc/ssl/", "");
     let mut text = String::new();
-    for line in block.split_inclusive('\n') {
+    for line in file.split_inclusive('\n') {
         let relays = if line.contains("127.0.0.1:8080") {
             relays
         } else {
@@ -276,7 +274,7 @@ fn configure(
             text += &line.replace("relay1", &format!("relay{}", number + 1));
         }
     }
-    dir.write("conf", &change(program.around.replace("README", &text)));
+    dir.write("conf", &change(program.around.replace("FILE", &text)));
 }
 
 /// client.sh, connected or about to be.
@@ -436,7 +434,7 @@ fn a_reload_loses_nothing(program: &'static Program) {
     assert!(session.works());
 }
 
-/// Which README.md warns of.
+/// Which nix/operating.md warns of.
 fn a_reload_ends_all(program: &'static Program) {
     let issuer = Issuer::start();
     let relay = Relay::start(&issuer);
@@ -450,11 +448,11 @@ fn a_reload_ends_all(program: &'static Program) {
     assert!(proxy.session(&issuer.token()).works());
 }
 
-/// What README.md has under "Upgrades", without systemctl.
+/// What nix/operating.md has under "Upgrades", without systemctl.
 #[test]
 fn the_unit_for_two_ports() {
-    let readme = fs::read_to_string(project("README.md")).unwrap();
-    let commands = readme
+    let operating = fs::read_to_string(project("nix/operating.md")).unwrap();
+    let commands = operating
         .split_once("    cd /etc/systemd/system\n")
         .unwrap()
         .1
@@ -543,18 +541,18 @@ fn the_next_session_goes_where_the_fewest_are(program: &'static Program) {
     assert_eq!(counts, [1, 8]);
 }
 
-/// With what README.md has for `--store`.
+/// With what nix/operating.md has for `--store`.
 fn those_from_one_address_stay_together(program: &'static Program) {
     let issuer = Issuer::start();
     let relays = [(); 2].map(|()| Relay::start(&issuer));
     let by_address = |mut text: String| {
-        let readme = fs::read_to_string(project("README.md")).unwrap();
+        let operating = fs::read_to_string(project("nix/operating.md")).unwrap();
         for (fewest, address) in [
             ("least_conn;", "ip_hash;"),
             ("balance leastconn", "balance source"),
             ("lb_policy least_conn", "lb_policy ip_hash"),
         ] {
-            assert!(readme.contains(&format!("`{address}`")));
+            assert!(operating.contains(&format!("`{address}`")));
             text = text.replace(fewest, address);
         }
         text
@@ -569,6 +567,47 @@ fn those_from_one_address_stay_together(program: &'static Program) {
     let mut counts = relays.each_ref().map(opened);
     counts.sort();
     assert_eq!(counts, [0, 8]);
+}
+
+/// No relay counts as broken because of what a client gets from it: a 503 for the keys of an issuer that is down, a
+/// refused handshake.
+fn what_one_client_causes_keeps_nobody_out(program: &'static Program) {
+    let (issuer, down) = (Issuer::start(), "http://127.0.0.1:1");
+    let rule = |name, issuer: &str| {
+        format!("[[auth.rule]]\nname = '{name}'\nissuer = '{issuer}'\nbound_claims.ref = '**'\n")
+    };
+    let rules = rule("down", down) + &rule("good", &issuer.url());
+    let relays = [(); 2].map(|()| {
+        Setup::new(&issuer)
+            .set("ALLOWED_ORG", "")
+            .config(&rules)
+            .start()
+    });
+    let proxy = Running::start(program, &relays.each_ref().map(|relay| relay.address));
+    let refused = issuer.token_with(json!({ "iss": down }));
+    let (good, mut cases) = (issuer.token(), vec![(refused, "Upgrade")]);
+    // nginx writes that header itself.
+    if program.name != "nginx" {
+        cases.push((good.clone(), "keep-alive Upgrade"));
+    }
+    for (token, connection) in cases {
+        for _ in 0..5 {
+            let (status, _) = proxy.curl(&[
+                "-H",
+                &format!("Authorization: Bearer {token}"),
+                "-H",
+                &format!("Connection: {connection}"),
+                "-H",
+                "Upgrade: websocket",
+                "-H",
+                "Sec-WebSocket-Version: 13",
+                "-H",
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+            ]);
+            assert!(status.starts_with(['4', '5']), "{status}");
+            assert!(proxy.session(&good).works());
+        }
+    }
 }
 
 fn forty_sessions_on_three_relays(program: &'static Program) {
