@@ -313,17 +313,14 @@ fn claims_that_identify_the_caller_are_logged() {
 
 /// Each is a configuration by itself.
 #[test]
-fn the_recipes_of_the_readme() {
-    let readme = std::fs::read_to_string(project("README.md")).unwrap();
-    let (dir, recipes) = (
-        Dir::new(),
-        readme
-            .split("```toml\n")
-            .skip(1)
-            .map(|text| text.split("```").next().unwrap()),
-    );
-    let mut rules = 0;
-    for recipe in recipes {
+fn the_recipes() {
+    let pages = ["README.md", "nix/providers.md", "nix/operating.md"]
+        .map(|page| std::fs::read_to_string(project(page)).unwrap());
+    let (dir, mut rules) = (Dir::new(), 0);
+    let blocks = pages
+        .iter()
+        .flat_map(|page| page.split("```toml\n").skip(1));
+    for recipe in blocks.map(|text| text.split("```").next().unwrap()) {
         let output = binary()
             .arg("--check")
             .arg(dir.write("recipe.toml", recipe))
