@@ -1,6 +1,7 @@
 //! What Nix lets a client do is what the rule says that its token matches.
 
 use crate::support::{nix::*, *};
+use std::fs;
 use std::process::Child;
 
 const RULES: &str = "
@@ -74,4 +75,40 @@ fn trust_is_what_the_rule_says() {
         "one that is not may not: {log}"
     );
     farm.relay.log.wait("rule=\"everybody else\"");
+}
+
+/// The hook of nix/operating.md makes a root for each result. Without one, any client can have the result deleted.
+#[test]
+fn a_result_with_a_root_survives_a_collection() {
+    let page = fs::read_to_string(project("nix/operating.md")).unwrap();
+    let (_, hook) = page.split_once("```sh\n#!/bin/sh\n").unwrap();
+    let (hook, _) = hook.split_once("```").unwrap();
+    let (dir, roots) = (Dir::new(), "/var/lib/nix-relay-test/var/gcroots/relay");
+    let hook = dir.script("keep", &hook.replace("/nix/var/nix/gcroots/relay", roots));
+    let farm = Farm::start_with(|setup| setup.daemon(DAEMON).config(RULES).set("ALLOWED_ORG", ""));
+    fs::create_dir_all(farm.file(roots)).unwrap();
+    let config = format!("{CONFIG}post-build-hook = {}\n", hook.display());
+    let mut system = farm.command("nix-daemon");
+    let _system = Killed(system.env("NIX_CONFIG", config).spawn().unwrap());
+    let socket = farm.file("/var/lib/nix-relay-test/var/daemon-socket/socket");
+    eventually("the system's daemon listens", LIMIT, || socket.exists());
+    let (runner, untrusted) = (farm.runner(), json!({"ref": "refs/heads/dev"}));
+    let token = farm.issuer.token_with(untrusted);
+    let file = runner.derivation("kept", "echo > $out");
+    let path = runner.out_path(&file);
+    let built = runner
+        .build(&file)
+        .env("NIX_RELAY_TOKEN", &token)
+        .output()
+        .unwrap();
+    assert!(built.status.success(), "{}", texts(&built).1);
+    let collect = || {
+        let mut gc = runner.nix(&["store", "gc", "--store", &runner.remote()]);
+        let output = gc.env("NIX_RELAY_TOKEN", &token).output().unwrap();
+        assert!(output.status.success(), "{}", texts(&output).1);
+        farm.file(&path).exists()
+    };
+    assert!(collect());
+    fs::remove_dir_all(farm.file(roots)).unwrap();
+    assert!(!collect());
 }
