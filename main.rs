@@ -1,5 +1,6 @@
-//! nix-relay carries the Nix worker protocol from a WebSocket to a fresh `nix-daemon --stdio`, for whoever brings an
-//! OIDC token that the configuration lets in. The modules stand in the order in which a connection meets them:
+//! nix-relay carries the Nix worker protocol from a WebSocket to a fresh `nix-daemon --stdio`,
+//! for whoever brings an OIDC token that the configuration lets in. The modules stand in the
+//! order in which a reader needs them, and each uses only those below it:
 //!
 //! ```text
 //!  accept ─► http ─► oidc ─► policy ─► permit ─► session ─────────────► end
@@ -8,672 +9,696 @@
 //!            └── an answer of one line where a step says no ──┘
 //! ```
 //!
-//! A thread for each connection waits in one poll(2) for both sides of its session at once.
+//! Each connection has a thread; each session has two more, which copy.
 #![forbid(unsafe_code)]
 
-/// What the operator said: TOML, environment and defaults become one validated `Config`. Reads the configuration file
-/// and the environment, nothing else. Promises that whatever is in a `Config` can be used as it is, and that an error
-/// is one line that names where it comes from.
-mod config {
-    use super::oidc::{Claims, is_safe};
-    use std::{env, fs, num::NonZeroU32, ops::Range, path::Path};
-    use {
-        toml::Table, toml::Value, toml::de::DeTable, toml::de::DeValue,
-        tungstenite::http::uri::Authority,
-    };
+use config::Config;
+use connection::Relay;
+use log::{error, info, warn};
+use poll::Event;
+use sd_notify::NotifyState;
+use signal_hook::{consts, iterator::Signals};
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
 
-    /// Every key but `auth.rule`, in its table, with its default.
-    const DEFAULTS: &str = include_str!("config.example.toml");
+const USAGE: &str = "\
+usage: nix-relay [--check] [CONFIG.toml]    (or NIX_RELAY_CONFIG=CONFIG.toml)
+Carries the Nix worker protocol from a WebSocket to nix-daemon, for callers with an OIDC token.
+  --check    validate the configuration, print it as it is in effect, and exit
+  --help     print this, and exit
+  --version  print the version, and exit
+";
 
-    /// The effective configuration; README.md says what each key means.
-    #[derive(serde::Deserialize)]
-    pub struct Config {
-        pub listen: String,
-        pub admin_listen: String,
-        pub shutdown_grace_secs: u32,
-        pub handshake_timeout_secs: NonZeroU32,
-        pub keepalive_secs: u32,
-        pub issuer: String,
-        pub audience: String,
-        pub allowed_org: String,
-        pub jwks_cache_ttl_secs: NonZeroU32,
-        /// As they are tried. Once loaded, `allowed_org` is the last of them.
-        #[serde(default)]
-        pub rule: Vec<Rule>,
-        pub nix_daemon_path: String,
-        pub extra_args: Vec<String>,
-        pub timeout_secs: NonZeroU32,
-        pub max_connections: NonZeroU32,
-        pub queue_timeout_secs: u32,
-    }
+/// After the grace, for the sessions to end: as long as `session`'s termination steps take, and
+/// a little.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(19);
 
-    /// Whom to let in. Once loaded, what it leaves out is as it is outside of rules.
-    #[derive(Default, serde::Deserialize)]
-    #[serde(deny_unknown_fields)]
-    pub struct Rule {
-        pub name: String,
-        pub issuer: Option<String>,
-        pub audience: Option<String>,
-        /// A pattern, or a list of them, for each of these claims.
-        pub bound_claims: Claims,
-        pub extra_args: Option<Vec<String>>,
-        #[serde(skip)]
-        pub ignores_case: bool,
-    }
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = env::args_os().skip(1).collect();
+    let words: Vec<_> = arguments
+        .iter()
+        .map(|argument| argument.to_string_lossy())
+        .collect();
+    let words: Vec<&str> = words.iter().map(|word| word.as_ref()).collect();
 
-    /// Defaults, then the file at `path` if there is one, then the environment: `NIX_RELAY_` and the key in capitals
-    /// (with `NIX_` once only), where that is not empty. Also as TOML.
-    /// Fails with one line: `FILE:LINE: KEY: what is wrong`, or `VARIABLE: what is wrong`.
-    pub fn load(path: Option<&Path>) -> Result<(Config, String), String> {
-        let defaults: Table = DEFAULTS.parse().map_err(|e| format!("defaults: {e}"))?;
-        let mut settings = defaults.clone();
-        if let Some(path) = path {
-            read(path, &mut settings)?;
+    match words[..] {
+        ["--help"] => print(USAGE),
+        ["--version"] => print(concat!("nix-relay ", env!("CARGO_PKG_VERSION"), "\n")),
+        ["--check"] => check(config_path(None)),
+        ["--check", path] | [path, "--check"] if !path.starts_with('-') => {
+            let path = arguments.iter().find(|argument| *argument != "--check");
+            check(config_path(path))
         }
-        for (table, keys) in &defaults {
-            for (key, default) in keys.as_table().into_iter().flatten() {
-                let name = format!(
-                    "NIX_RELAY_{}",
-                    key.trim_start_matches("nix_").to_uppercase()
-                );
-                let text = env::var_os(&name).unwrap_or_default().into_string();
-                let text = text.map_err(|_| format!("{name}: must be UTF-8"))?;
-                let value = match default {
-                    _ if text.is_empty() => continue,
-                    Value::Integer(_) => text.parse().map_or(text.into(), Value::Integer),
-                    Value::Array(_) => text.split_whitespace().collect::<Vec<_>>().into(),
-                    _ => text.into(),
-                };
-                set(&mut settings, table, key, value).map_err(|e| format!("{name}: {e}"))?;
-            }
-        }
-        let mut config = typed(&settings)?;
-        let Config {
-            rule: rules,
-            issuer,
-            audience,
-            allowed_org,
-            extra_args,
-            ..
-        } = &mut config;
-        if !allowed_org.is_empty() {
-            let bound_claims =
-                Claims::from_iter([("repository_owner".into(), allowed_org.clone().into())]);
-            rules.push(Rule {
-                name: "allowed_org".into(),
-                bound_claims,
-                ignores_case: true,
-                ..Rule::default()
-            });
-        } else if rules.is_empty() {
-            let set = "set auth.allowed_org (NIX_RELAY_ALLOWED_ORG) to the organisation whose jobs may, or add a rule";
-            return Err(format!("nobody could connect: {set}"));
-        }
-        for rule in rules {
-            rule.issuer.get_or_insert_with(|| issuer.clone());
-            rule.audience.get_or_insert_with(|| audience.clone());
-            rule.extra_args.get_or_insert_with(|| extra_args.clone());
-        }
-        Ok((config, settings.to_string()))
-    }
-
-    fn read(path: &Path, settings: &mut Table) -> Result<(), String> {
-        let file = path.display();
-        let text = fs::read_to_string(path).map_err(|e| format!("{file}: {e}"))?;
-        let at =
-            |span: Range<usize>| format!("{file}:{}", text[..span.start].matches('\n').count() + 1);
-        let invalid =
-            |e: toml::de::Error| format!("{}: {}", at(e.span().unwrap_or_default()), e.message());
-        let values: Table = text.parse().map_err(invalid)?;
-        for (table, keys) in DeTable::parse(&text).map_err(invalid)?.get_ref() {
-            let name = table.get_ref().as_ref();
-            let Some(keys) = keys
-                .get_ref()
-                .as_table()
-                .filter(|_| settings.contains_key(name))
-            else {
-                return Err(format!(
-                    "{}: {name}: unknown table or key",
-                    at(table.span())
-                ));
-            };
-            for (key, value) in keys {
-                let (span, key) = (key.span(), key.get_ref().as_ref());
-                let (new, mut steps) = (&values[name][key], Vec::new());
-                // Rules, too, come one at a time.
-                if let (DeValue::Array(spans), Value::Array(rules), "rule") =
-                    (value.get_ref(), new, key)
-                {
-                    steps.extend(
-                        spans
-                            .iter()
-                            .enumerate()
-                            .map(|(n, rule)| (rule.span(), rules[..=n].to_vec().into())),
-                    );
-                }
-                steps.push((span, new.clone()));
-                for (span, value) in steps {
-                    set(settings, name, key, value)
-                        .map_err(|e| format!("{}: {name}.{key}: {e}", at(span)))?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// One setting at a time, so that whatever is wrong afterwards is wrong with this one.
-    fn set(settings: &mut Table, table: &str, key: &str, value: Value) -> Result<(), String> {
-        let keys = settings
-            .get_mut(table)
-            .and_then(Value::as_table_mut)
-            .ok_or("unknown table")?;
-        if keys.insert(key.into(), value.clone()).is_none() && key != "rule" {
-            return Err("unknown key".into());
-        }
-        typed(settings)?;
-        check(key, &value)
-    }
-
-    /// What a type cannot say.
-    fn check(key: &str, value: &Value) -> Result<(), String> {
-        let text = value.as_str().unwrap_or_default();
-        let is_address = |a: Authority| a.port_u16().is_some() && !a.host().is_empty();
-        let is_pattern = |value: &Value| value.is_str() || value.is_integer() || value.is_bool();
-        let is_list = |all: &Vec<Value>| !all.is_empty() && all.iter().all(is_pattern);
-        let is_bound = |to: &Value| to.as_array().map_or(is_pattern(to), is_list);
-        let (good, must) = match (key, value) {
-            ("rule", Value::Array(rules)) => {
-                let mut keys = rules.iter().filter_map(Value::as_table).flatten();
-                return keys.try_for_each(|(key, value)| {
-                    check(key, value).map_err(|e| format!("{key}: {e}"))
-                });
-            }
-            ("bound_claims", Value::Table(claims)) => (
-                !claims.is_empty() && claims.values().all(is_bound),
-                "have at least one claim, and for each a text, a number, a boolean, or a list of these",
-            ),
-            ("admin_listen", _) if text.is_empty() => return Ok(()),
-            ("listen" | "admin_listen", _) => (
-                text.parse().is_ok_and(is_address),
-                "be HOST:PORT or [IPV6]:PORT",
-            ),
-            ("issuer", _) => (is_safe(text), "be an https URL (http for loopback alone)"),
-            // The daemon runs in /, so a path relative to where the relay started would mislead.
-            ("nix_daemon_path", _) if text.contains('/') => {
-                (text.starts_with('/'), "be absolute, or a name in PATH")
-            }
-            ("name" | "audience" | "nix_daemon_path", _) => (!text.is_empty(), "not be empty"),
-            ("allowed_org", _) => (
-                !text.contains('*'),
-                "be one name; patterns are for auth.rule",
-            ),
-            _ => return Ok(()),
-        };
-        if good {
-            Ok(())
-        } else {
-            Err(format!("must {must}, not {value}"))
-        }
-    }
-
-    /// The keys of all tables, whose names differ.
-    fn typed(settings: &Table) -> Result<Config, String> {
-        let keys = settings.values().filter_map(Value::as_table).flatten();
-        let all: Table = keys
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect();
-        all.try_into().map_err(|e| e.to_string())
+        [] => relay(config_path(None)),
+        [path] if !path.starts_with('-') => relay(config_path(arguments.first())),
+        _ => fail(2, &format!("unexpected arguments: {arguments:?}\n{USAGE}")),
     }
 }
 
-/// Who is calling: a token and the keys that its issuer publishes become verified claims. Talks to the issuers (OpenID
-/// Connect Discovery 1.0, RFC 7517), and reads the certificates to trust. Promises that a `Claims` exists only after
-/// signature, issuer, audience and times of its token were checked (RFC 7519, RFC 8725), that a token is compared with
-/// the keys of the issuer that it names alone, and that it goes nowhere from here, the log included.
-mod oidc {
-    use super::{
-        admin, config::Config, http::Answer, http::INVALID_TOKEN, http::RETRY, lock, secs,
-    };
-    use serde::de::{Deserializer, Error, MapAccess, Visitor};
-    use std::{collections::BTreeMap, collections::HashSet, env, fmt, fs, io, net::IpAddr, thread};
-    use std::{sync::Arc, sync::Mutex, time::Duration, time::Instant};
-    use ureq::{Agent, http::Uri, tls::PemItem, tls::TlsConfig, tls::parse_pem};
-    use {
-        jwt_simple::JWTError, jwt_simple::prelude::*, log::info, log::warn, serde_json::Map,
-        serde_json::Value,
+fn print(text: &str) -> ExitCode {
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn fail(status: u8, text: &str) -> ExitCode {
+    eprintln!("nix-relay: {}", text.trim_end());
+    ExitCode::from(status)
+}
+
+/// The file of the argument, or else of the variable, if that is not empty.
+fn config_path(argument: Option<&OsString>) -> Option<PathBuf> {
+    let variable = env::var_os("NIX_RELAY_CONFIG").filter(|path| !path.is_empty());
+    argument.cloned().or(variable).map(PathBuf::from)
+}
+
+/// `nix-relay --check`. It neither listens nor asks an issuer nor opens a file of keys, so that
+/// it can run elsewhere.
+fn check(path: Option<PathBuf>) -> ExitCode {
+    let loaded = config::load(path.as_deref());
+    match loaded.and_then(|(_, effective)| oidc::check_environment().map(|()| effective)) {
+        Ok(effective) => print(&effective),
+        Err(e) => fail(2, &e),
+    }
+}
+
+/// `nix-relay`, until it was told to stop and nobody is left, or their time is over.
+fn relay(path: Option<PathBuf>) -> ExitCode {
+    let loaded = config::load(path.as_deref());
+    let prepared = loaded.and_then(|(config, _)| Ok((oidc::Issuers::new(&config)?, config)));
+    let (issuers, config) = match prepared {
+        Ok(prepared) => prepared,
+        Err(e) => return fail(2, &e),
     };
 
-    /// How far the issuer's clock and ours may be apart, in seconds.
-    const CLOCK_SKEW: u64 = 60;
-    const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
-    const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-    /// For the discovery document and the key set together.
-    const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
-    /// Keys that could not be fetched again for so long are believed no more.
-    const MAX_KEY_AGE: Duration = Duration::from_secs(24 * 3600);
-    /// Between fetches for tokens that name an unknown key, and after one that failed; and while there are no keys.
-    const PAUSE: Duration = Duration::from_secs(30);
-    const SHORT_PAUSE: Duration = Duration::from_secs(1);
-
-    /// Issuers are reached by https, or by http on this machine alone.
-    pub fn is_safe(url: &str) -> bool {
-        let uri: Uri = url.parse().unwrap_or_default();
-        match (uri.scheme_str(), uri.host().unwrap_or_default()) {
-            (Some("https"), host) => !host.is_empty(),
-            (Some("http"), "localhost") => true,
-            (Some("http"), host) => host
-                .trim_matches(['[', ']'])
-                .parse()
-                .is_ok_and(|ip: IpAddr| ip.is_loopback()),
-            _ => false,
+    start_log();
+    match serve(config, issuers) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            error!("{e}");
+            ExitCode::FAILURE
         }
     }
+}
 
-    /// The claims of a token that was verified.
-    pub type Claims = Map<String, Value>;
-    type Verify = dyn Fn(&str, &VerificationOptions) -> Result<(), jwt_simple::Error> + Send + Sync;
+/// Has env_logger write to standard error. The journal knows the time, and wants to be told the
+/// priority instead (systemd.exec(5), sd-daemon(3)).
+fn start_log() {
+    let environment = env_logger::Env::default().default_filter_or("info");
+    let mut logger = env_logger::Builder::from_env(environment);
 
-    /// A published key, bound to one algorithm: the key decides on that, never the token.
-    struct Key {
-        id: Option<String>,
-        verify: Box<Verify>,
-    }
-
-    /// One for each algorithm that a JSON Web Key is good for: none if its kind is unknown, it is too weak or not for
-    /// signatures; several if it is of RSA and does not say.
-    fn parse(jwk: &Value) -> Vec<Key> {
-        let (text, id, mut keys) = (jwk.to_string(), jwk["kid"].as_str(), Vec::new());
-        macro_rules! try_each {
-            ($($kind:ty),*) => {$(
-                if let Ok(key) = <$kind>::from_jwk(&text) {
-                    let verify = move |token: &str, options: &VerificationOptions| {
-                        key.verify_token::<NoCustomClaims>(token, Some(options.clone())).map(drop)
-                    };
-                    keys.push(Key { id: id.map(String::from), verify: Box::new(verify) });
-                }
-            )*};
-        }
-        try_each!(
-            RS256PublicKey,
-            RS384PublicKey,
-            RS512PublicKey,
-            PS256PublicKey,
-            PS384PublicKey,
-            PS512PublicKey
-        );
-        try_each!(ES256PublicKey, ES384PublicKey, Ed25519PublicKey);
-        keys
-    }
-
-    pub struct Issuer {
-        url: String,
-        audiences: HashSet<String>,
-        agent: Agent,
-        /// What it has published, and when we asked for that.
-        keys: Mutex<Option<(Instant, Arc<Vec<Key>>)>>,
-        /// When keys were last fetched for a token, or could not be. Held during each fetch.
-        fetching: Mutex<Option<Instant>>,
-    }
-
-    /// The issuers of all rules, each with a thread that fetches its keys; waits for none. Fails without threads, and
-    /// without certificates if SSL_CERT_FILE says where to find those to trust.
-    pub fn start(config: &Config) -> io::Result<Vec<Arc<Issuer>>> {
-        let mut agent = Agent::config_builder()
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .max_idle_connections(0);
-        agent = agent
-            .max_redirects(0)
-            .user_agent(concat!("nix-relay/", env!("CARGO_PKG_VERSION")));
-        if let Some(path) = env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()) {
-            let unusable =
-                |e: &str| io::Error::other(format!("SSL_CERT_FILE={}: {e}", path.display()));
-            let pem = fs::read(&path).map_err(|e| unusable(&e.to_string()))?;
-            let certificate = |item| {
-                if let Ok(PemItem::Certificate(of)) = item {
-                    Some(of)
-                } else {
-                    None
-                }
+    let stderr = fs::metadata("/dev/stderr").map(|file| format!("{}:{}", file.dev(), file.ino()));
+    let journal = env::var("JOURNAL_STREAM").ok();
+    if journal.is_some() && journal == stderr.ok() {
+        logger.format(|to, record| {
+            let priority = match record.level() {
+                log::Level::Error => 3,
+                log::Level::Warn => 4,
+                log::Level::Info => 6,
+                log::Level::Debug | log::Level::Trace => 7,
             };
-            let roots: Vec<_> = parse_pem(&pem).filter_map(certificate).collect();
-            if roots.is_empty() {
-                return Err(unusable("there is no certificate in it"));
+            writeln!(to, "<{priority}>{}", record.args())
+        });
+    }
+    logger.init();
+}
+
+/// Until it was told to stop and nobody is left, or their time is over. Fails if it cannot start.
+fn serve(config: Config, issuers: oidc::Issuers) -> io::Result<()> {
+    if std::process::id() == 1 {
+        warn!("running as PID 1, which does not reap orphans: start the container with --init");
+    }
+
+    let listener = match passed_listener()? {
+        Some(listener) => listener,
+        None => listen(&config.server.listen)?,
+    };
+    let admin_listen = config.server.admin_listen.clone();
+    let grace = Duration::from_secs(config.server.shutdown_grace_secs.into());
+    let second_signal = Arc::new(Event::new()?);
+    let relay = Arc::new(Relay::new(config, issuers)?);
+
+    relay.issuers.start()?;
+    info!("relay listening address={}", listener.local_addr()?);
+    let accepting = relay.clone();
+    start("accept", move || connection::accept(&accepting, &listener))?;
+    if !admin_listen.is_empty() {
+        start_admin(&admin_listen, relay.clone())?;
+    }
+    watch_signals(relay.clone(), second_signal.clone())?;
+
+    let _ = sd_notify::notify(&[NotifyState::Ready]);
+    relay.draining.wait(None);
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
+    info!("shutting down grace_secs={}", grace.as_secs());
+    relay.wait_until_idle(Instant::now() + grace, Some(&second_signal));
+    relay.closing.set();
+    relay.wait_until_idle(Instant::now() + SHUTDOWN_TIMEOUT, None);
+    info!("shut down connections_left={}", relay.connections());
+    Ok(())
+}
+
+fn start_admin(address: &str, relay: Arc<Relay>) -> io::Result<()> {
+    let listener = listen(address)?;
+    info!("admin listening address={}", listener.local_addr()?);
+    start("admin", move || {
+        metrics::serve(&listener, || relay.draining.is_set())
+    })
+}
+
+/// The first SIGTERM or SIGINT has nobody let in any more; the second cuts the grace short.
+fn watch_signals(relay: Arc<Relay>, second_signal: Arc<Event>) -> io::Result<()> {
+    let mut signals = Signals::new([consts::SIGTERM, consts::SIGINT])?;
+    start("signals", move || {
+        for _ in signals.forever() {
+            if relay.draining.is_set() {
+                second_signal.set();
             }
-            agent = agent.tls_config(TlsConfig::builder().root_certs(roots.into()).build());
+            relay.draining.set();
         }
-        let (agent, cache_ttl) = (agent.build().new_agent(), secs(config.jwks_cache_ttl_secs));
-        let mut all = BTreeMap::<_, HashSet<_>>::new();
-        for rule in &config.rule {
-            all.entry(rule.issuer.clone().unwrap_or_default())
-                .or_default()
-                .extend(rule.audience.clone());
-        }
-        let start = |(url, audiences)| {
-            let (agent, keys, fetching) = (agent.clone(), Mutex::default(), Mutex::default());
-            let issuer = Arc::new(Issuer {
-                url,
-                audiences,
-                agent,
-                keys,
-                fetching,
-            });
-            let kept = issuer.clone();
-            let keep = move || loop {
-                let mut last = lock(&kept.fetching);
-                // A token may have been faster.
-                let age = lock(&kept.keys)
-                    .as_ref()
-                    .map_or(cache_ttl, |(at, _)| at.elapsed());
-                let pause = match cache_ttl.saturating_sub(age) {
-                    Duration::ZERO if kept.fetch(&mut last) => cache_ttl,
-                    Duration::ZERO => cache_ttl.min(PAUSE),
-                    left => left,
-                };
-                drop(last);
-                thread::sleep(pause);
-            };
-            thread::Builder::new()
-                .name("keys".into())
-                .spawn(keep)
-                .map(|_| issuer)
-        };
-        all.into_iter().map(start).collect()
+    })
+}
+
+fn listen(address: &str) -> io::Result<TcpListener> {
+    let failed = |e| io::Error::other(format!("cannot listen on {address}: {e}"));
+    TcpListener::bind(address).map_err(failed)
+}
+
+/// The socket that systemd listens on for us, if it does (sd_listen_fds(3)).
+fn passed_listener() -> io::Result<Option<TcpListener>> {
+    let listener = listenfd::ListenFd::from_env().take_tcp_listener(0)?;
+    if let Some(listener) = &listener {
+        listener.set_nonblocking(false)?;
+        rustix::io::fcntl_setfd(listener, rustix::io::FdFlags::CLOEXEC)?;
+    }
+    Ok(listener)
+}
+
+fn start(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new()
+        .name(name.into())
+        .spawn(run)
+        .map(drop)
+}
+
+/// The states of a connection, each with a limit in time and in number, from its first byte to a
+/// session or a refusal. Promises that whoever is in a later state takes no place from those
+/// whose request is being read, that a permit goes back whatever happens, and that nothing ends
+/// the accept loop.
+///
+/// | state | limit in time | limit in number; beyond it |
+/// | --- | --- | --- |
+/// | reading, verifying | `handshake_timeout_secs` | `MAX_LOBBY`, with those who hear |
+/// | hearing a refusal | `LINGER` | the one waited for longest goes |
+/// | waiting for keys | one fetch (`oidc`) | as many an issuer; 503 at once |
+/// | waiting for a permit | `queue_timeout_secs` | `MAX_QUEUE` a rule; 503 at once |
+/// | session | `timeout_secs` | `max_connections`, and a rule's own; waits |
+mod connection {
+    use crate::config::Config;
+    use crate::http::{Answer, Head, RETRY};
+    use crate::oidc::Issuers;
+    use crate::poll::{self, Event};
+    use crate::session::{self, Daemon};
+    use crate::util::{lock, quoted, secs};
+    use crate::{metrics, policy};
+    use log::{info, warn};
+    use rustix::event::{PollFd, PollFlags};
+    use std::collections::{BTreeMap, VecDeque};
+    use std::io;
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
+    use std::sync::{Arc, Condvar, Mutex};
+    use std::thread;
+    use std::time::{Duration, Instant};
+
+    const MAX_LOBBY: usize = 256;
+    const MAX_QUEUE: usize = 64;
+    /// For an answer to be sent, which any socket has room for.
+    const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+    /// For the client to hear it.
+    const LINGER: Duration = Duration::from_secs(1);
+    /// Before another try when descriptors, threads or places have run out.
+    const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
+
+    /// What every connection needs.
+    pub struct Relay {
+        config: Config,
+        pub issuers: Issuers,
+        lobby: Lobby,
+        permits: Mutex<Permits>,
+        /// Of all states.
+        connections: AtomicU32,
+        /// The number of the latest session.
+        sessions: AtomicU64,
+        /// Nobody is let in any more.
+        pub draining: Event,
+        /// The sessions are to end.
+        pub closing: Event,
+        /// Draining, and no connection is left.
+        idle: Event,
     }
 
-    impl Issuer {
-        /// Says whether it worked; if not, the keys that we have stay, and whoever waited for it is not to try again.
-        fn fetch(&self, last: &mut Option<Instant>) -> bool {
-            let now = Instant::now();
-            let failed =
-                |e: &String| warn!("could not fetch keys issuer={:?} error={e:?}", self.url);
-            let keys = self.published(now + FETCH_TIMEOUT).inspect_err(failed);
-            let result = if keys.is_ok() { "ok" } else { "error" };
-            admin::add(&format!("jwks_refreshes_total{{result={result:?}}}"), 1.0);
-            let Ok(keys) = keys else {
-                *last = Some(Instant::now());
-                return false;
+    impl Relay {
+        /// Fails without descriptors.
+        pub fn new(config: Config, issuers: Issuers) -> io::Result<Relay> {
+            Ok(Relay {
+                permits: Mutex::new(Permits::new(&config)),
+                config,
+                issuers,
+                lobby: Lobby::default(),
+                connections: AtomicU32::new(0),
+                sessions: AtomicU64::new(0),
+                draining: Event::new()?,
+                closing: Event::new()?,
+                idle: Event::new()?,
+            })
+        }
+
+        pub fn connections(&self) -> u32 {
+            self.connections.load(SeqCst)
+        }
+
+        /// Waits until no connection is left, the time has come, or something else happens. To
+        /// be called when draining.
+        pub fn wait_until_idle(&self, until: Instant, or: Option<&Event>) {
+            let over = || self.connections() == 0 || or.is_some_and(Event::is_set);
+            while !over() && Instant::now() < until {
+                poll::ready(
+                    [Some(self.idle.poll_fd()), or.map(Event::poll_fd)],
+                    Some(until),
+                );
+            }
+        }
+    }
+
+    /// Hands every connection to a thread of its own, for ever.
+    pub fn accept(relay: &Arc<Relay>, listener: &TcpListener) {
+        let mut number = 0;
+        loop {
+            let (socket, peer) = match listener.accept() {
+                Ok(accepted) => accepted,
+                Err(e) => {
+                    warn!("cannot accept error={e:?}");
+                    thread::sleep(SCARCITY_PAUSE);
+                    continue;
+                }
             };
-            info!("fetched keys issuer={:?} count={}", self.url, keys.len());
-            *lock(&self.keys) = Some((now, Arc::new(keys)));
+            number += 1;
+            let socket = Arc::new(socket);
+            let _ = socket.set_write_timeout(Some(ANSWER_TIMEOUT));
+            let _ = socket.set_nodelay(true);
+
+            relay.lobby.enter(number, &socket);
+            relay.connections.fetch_add(1, SeqCst);
+            let connection = Connection {
+                relay: relay.clone(),
+                socket: socket.clone(),
+                peer: peer.to_string(),
+                number,
+                in_lobby: true,
+            };
+            let thread = thread::Builder::new().name(format!("connection {number}"));
+            if let Err(e) = thread.spawn(move || connection.serve()) {
+                let answer = busy().because(e);
+                log_refusal(&peer.to_string(), &answer);
+                let _ = answer.send(&socket, true);
+                thread::sleep(SCARCITY_PAUSE);
+            }
+        }
+    }
+
+    fn busy() -> Answer {
+        Answer::new(503, RETRY, "the relay is busy; try again later")
+    }
+
+    fn shutting_down() -> Answer {
+        Answer::new(503, RETRY, "the relay is shutting down; try again later")
+    }
+
+    fn log_refusal(peer: &str, answer: &Answer) {
+        metrics::add_refusal(answer.status);
+        let reason = quoted(&format!("{}{}", answer.line, answer.cause));
+        info!(
+            "refused peer={peer} status={} reason={reason}",
+            answer.status
+        );
+    }
+
+    /// One client, until it is served or refused.
+    struct Connection {
+        relay: Arc<Relay>,
+        socket: Arc<TcpStream>,
+        /// For the log: its address, and what a proxy says of it.
+        peer: String,
+        number: u64,
+        in_lobby: bool,
+    }
+
+    impl Drop for Connection {
+        fn drop(&mut self) {
+            self.leave_lobby();
+            let left = self.relay.connections.fetch_sub(1, SeqCst) - 1;
+            if left == 0 && self.relay.draining.is_set() {
+                self.relay.idle.set();
+            }
+        }
+    }
+
+    impl Connection {
+        /// From the first byte to the last.
+        fn serve(mut self) {
+            let timeout = secs(self.relay.config.server.handshake_timeout_secs);
+            let head = Head::read(&self.socket, Instant::now() + timeout);
+            if !self.relay.lobby.stop_waiting(self.number) {
+                self.refuse(&busy().because("too many connections wait"), true);
+                return;
+            }
+
+            let mut with_body = true;
+            let served = match head {
+                Ok(None) => return,
+                Ok(Some(head)) => {
+                    with_body = head.request.method() != "HEAD";
+                    self.peer += &head.forwarded_for();
+                    self.route(head)
+                }
+                Err(answer) => Err(answer),
+            };
+            if let Err(answer) = served {
+                self.refuse(&answer, with_body);
+            }
+        }
+
+        fn route(&mut self, head: Head) -> Result<(), Answer> {
+            let wrong_method = |allow| Answer::new(405, allow, "method not allowed on this path");
+            head.check_host()?;
+
+            match (head.request.uri().path(), head.request.method().as_str()) {
+                ("/relay", "GET") => self.open_session(head),
+                ("/relay", _) => Err(wrong_method(&[("Allow", "GET")])),
+                ("/healthz", method @ ("GET" | "HEAD")) => {
+                    let health = Answer::health(self.relay.draining.is_set());
+                    self.send(&health, method == "GET");
+                    Ok(())
+                }
+                ("/healthz", _) => Err(wrong_method(&[("Allow", "GET, HEAD")])),
+                _ => Err(Answer::new(
+                    404,
+                    &[],
+                    "there is nothing here; the relay is at /relay",
+                )),
+            }
+        }
+
+        /// The picture at the top of this file. Returns when the session is over.
+        fn open_session(&mut self, head: Head) -> Result<(), Answer> {
+            let relay = self.relay.clone();
+            let upgrade = head.upgrade_response()?;
+            let token = head.token()?;
+
+            let identity = relay.issuers.verify(&token, || self.leave_lobby())?;
+            let grant = policy::authorize(&relay.config.rules, &identity)?;
+
+            self.leave_lobby();
+            let Some(_permit) = self.wait_for_permit(grant.rule)? else {
+                info!("left the queue peer={} {}", self.peer, grant.description);
+                return Ok(());
+            };
+
+            let daemon = Daemon::spawn(&relay.config, grant.arguments)?;
+            let opening = session::Opening {
+                number: relay.sessions.fetch_add(1, SeqCst) + 1,
+                client: format!("peer={} {}", self.peer, grant.description),
+                upgrade,
+                rest: head.rest,
+            };
+            let served = session::run(&relay.config, opening, &self.socket, daemon, &relay.closing);
+            served.map_err(|e| busy().because(e))
+        }
+
+        /// None: the client has left.
+        fn wait_for_permit(&self, rule: usize) -> Result<Option<Permit>, Answer> {
+            let relay = &self.relay;
+            if relay.draining.is_set() {
+                return Err(shutting_down());
+            }
+            let turn = Arc::new(Event::new().map_err(|e| busy().because(e))?);
+            if lock(&relay.permits).take_or_queue(rule, &turn)? {
+                return Ok(Some(Permit::new(relay, rule)));
+            }
+
+            let has_left = self.wait_for_turn(&turn);
+
+            let granted = !lock(&relay.permits).leave_queue(&turn);
+            // If it is of no use, it goes back at once.
+            let permit = granted.then(|| Permit::new(relay, rule));
+            if has_left {
+                Ok(None)
+            } else if relay.draining.is_set() {
+                Err(shutting_down())
+            } else {
+                permit.map(Some).ok_or_else(full)
+            }
+        }
+
+        /// At most until the time in the queue is over, or nobody is let in any more. True: the
+        /// client has left.
+        fn wait_for_turn(&self, turn: &Event) -> bool {
+            let until = Instant::now() + secs(self.relay.config.daemon.queue_timeout_secs);
+            let draining = &self.relay.draining;
+
+            while !turn.is_set() && !draining.is_set() && Instant::now() < until {
+                let socket = PollFd::new(&self.socket, PollFlags::RDHUP);
+                let fds = [Some(socket), Some(turn.poll_fd()), Some(draining.poll_fd())];
+                let [hangup, ..] = poll::ready(fds, Some(until));
+                if !hangup.is_empty() {
+                    return true;
+                }
+            }
+            false
+        }
+
+        fn leave_lobby(&mut self) {
+            if std::mem::take(&mut self.in_lobby) {
+                self.relay.lobby.leave(self.number);
+            }
+        }
+
+        /// Sends anything but 101, with a line for the log.
+        fn refuse(&mut self, answer: &Answer, with_body: bool) {
+            log_refusal(&self.peer, answer);
+            self.send(answer, with_body);
+        }
+
+        /// Sends an answer, and waits for the client to hear it where there is a place for that.
+        fn send(&mut self, answer: &Answer, with_body: bool) {
+            let sent = answer.send(&self.socket, with_body);
+            self.in_lobby = self
+                .relay
+                .lobby
+                .wait_again(self.number, &self.socket, self.in_lobby);
+            if sent.is_ok() && self.in_lobby {
+                poll::linger(&self.socket, LINGER);
+            }
+        }
+    }
+
+    fn full() -> Answer {
+        Answer::new(503, RETRY, "all sessions are in use; try again later")
+    }
+
+    /// Those whose request is read or verified, and those who hear a refusal.
+    #[derive(Default)]
+    struct Lobby {
+        places: Mutex<Places>,
+        left: Condvar,
+    }
+
+    #[derive(Default)]
+    struct Places {
+        taken: usize,
+        /// Those of them for whose bytes, or whose end, we wait, by number.
+        waited_for: BTreeMap<u64, Arc<TcpStream>>,
+    }
+
+    impl Lobby {
+        /// Waits for a place. Where there is none, the connection that we have waited for
+        /// longest must go, so that silent clients keep nobody out; those that are being
+        /// verified take a moment.
+        fn enter(&self, number: u64, socket: &Arc<TcpStream>) {
+            let mut places = lock(&self.places);
+            while places.taken >= MAX_LOBBY {
+                if let Some((_, longest)) = places.waited_for.pop_first() {
+                    // Its thread reads the end of the connection, answers, and leaves.
+                    let _ = longest.shutdown(Shutdown::Read);
+                }
+                let waited = self.left.wait_timeout(places, SCARCITY_PAUSE);
+                places = waited.unwrap_or_else(|e| e.into_inner()).0;
+            }
+            places.taken += 1;
+            places.waited_for.insert(number, socket.clone());
+        }
+
+        /// Its head is here. False if it had to go.
+        fn stop_waiting(&self, number: u64) -> bool {
+            lock(&self.places).waited_for.remove(&number).is_some()
+        }
+
+        /// It has an answer, and is to hear it. Says whether there is a place: `has_place`, its
+        /// own or another.
+        fn wait_again(&self, number: u64, socket: &Arc<TcpStream>, has_place: bool) -> bool {
+            let mut places = lock(&self.places);
+            if !has_place {
+                if places.taken >= MAX_LOBBY {
+                    return false;
+                }
+                places.taken += 1;
+            }
+            places.waited_for.insert(number, socket.clone());
             true
         }
 
-        /// Discovery document, then key set (OpenID Connect Discovery 1.0, sections 4.1 to 4.3).
-        fn published(&self, deadline: Instant) -> Result<Vec<Key>, String> {
-            let url = self.url.trim_end_matches('/');
-            let document =
-                self.get(&format!("{url}/.well-known/openid-configuration"), deadline)?;
-            if document["issuer"] != self.url {
-                return Err(format!(
-                    "discovery names another issuer, {}",
-                    document["issuer"]
-                ));
-            }
-            let url = document["jwks_uri"].as_str().unwrap_or_default();
-            if !is_safe(url) {
-                return Err(format!("the jwks_uri must be an https URL, not {url:?}"));
-            }
-            let set = self.get(url, deadline)?;
-            let keys: Vec<Key> = set["keys"]
-                .as_array()
-                .into_iter()
-                .flatten()
-                .flat_map(parse)
-                .collect();
-            if keys.is_empty() {
-                Err(format!("{url}: no key of use"))
-            } else {
-                Ok(keys)
-            }
-        }
-
-        fn get(&self, url: &str, deadline: Instant) -> Result<Value, String> {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let request = self
-                .agent
-                .get(url)
-                .config()
-                .timeout_global(Some(left))
-                .build();
-            let body = request
-                .call()
-                .and_then(|mut answer| match answer.status().as_u16() {
-                    200 => answer
-                        .body_mut()
-                        .with_config()
-                        .limit(MAX_DOCUMENT_BYTES)
-                        .read_json(),
-                    status => Err(ureq::Error::StatusCode(status)),
-                });
-            body.map_err(|e| format!("{url}: {e}"))
-        }
-
-        /// The keys, if they are not too old to be believed. If none of them is the one, they are fetched again, unless
-        /// that was done a moment ago. Waits only then: for a fetch that is going on, and for its own.
-        fn keys(&self, is_the_one: impl Fn(&Key) -> bool) -> Option<Arc<Vec<Key>>> {
-            let cached = || {
-                lock(&self.keys)
-                    .clone()
-                    .filter(|(at, _)| at.elapsed() < MAX_KEY_AGE)
-                    .map(|(_, keys)| keys)
-            };
-            let found = || cached().filter(|keys| keys.iter().any(&is_the_one));
-            found().or_else(|| {
-                let mut fetching = lock(&self.fetching);
-                let pause = if cached().is_some() {
-                    PAUSE
-                } else {
-                    SHORT_PAUSE
-                };
-                if found().is_none() && fetching.is_none_or(|at| at.elapsed() >= pause) {
-                    self.fetch(&mut fetching);
-                    *fetching = Some(Instant::now());
-                }
-                cached()
-            })
+        fn leave(&self, number: u64) {
+            let mut places = lock(&self.places);
+            places.taken -= 1;
+            places.waited_for.remove(&number);
+            self.left.notify_one();
         }
     }
 
-    /// The members of a JSON object, which may be anybody's. A name that is there twice is refused: others might read
-    /// the first where we read the last (RFC 7519, section 4).
-    struct Members;
-
-    impl<'de> Visitor<'de> for Members {
-        type Value = Claims;
-
-        fn expecting(&self, to: &mut fmt::Formatter) -> fmt::Result {
-            to.write_str("an object")
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Claims, A::Error> {
-            let mut all = Claims::new();
-            while let Some((name, value)) = members.next_entry()? {
-                if all.insert(name, value).is_some() {
-                    return Err(A::Error::custom("a name is there twice"));
-                }
-            }
-            Ok(all)
-        }
+    /// A counting semaphore, with a limit for all and one for each rule that has its own.
+    /// Whoever waits is woken alone, when it is its turn.
+    struct Permits {
+        free: u32,
+        /// For each rule, if it has a limit.
+        free_of_rule: Vec<Option<u32>>,
+        queue: VecDeque<Waiting>,
     }
 
-    /// The object that a part of a token holds.
-    fn object(part: &str) -> Option<Claims> {
-        let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
-        let mut reader = serde_json::Deserializer::from_slice(&json);
-        let object = reader.deserialize_map(Members).ok()?;
-        reader.end().is_ok().then_some(object)
+    struct Waiting {
+        rule: usize,
+        turn: Arc<Event>,
     }
 
-    /// Answers 401 if the token does not verify, and 503 if there are no keys to tell.
-    pub fn verify(issuers: &[Arc<Issuer>], token: &str) -> Result<Claims, Answer> {
-        let invalid = |why: &str| {
-            Answer::new(
-                401,
-                INVALID_TOKEN,
-                &format!("the token does not verify: {why}"),
-            )
-        };
-        let mut parts = token.split('.').map_while(object);
-        let (Some(header), Some(claims)) = (parts.next(), parts.next()) else {
-            return Err(invalid("it is not a signed JSON Web Token"));
-        };
-        if header.contains_key("crit") {
-            return Err(invalid(
-                "it has a critical extension, and this relay knows none",
-            ));
-        }
-        let issuer = issuers
-            .iter()
-            .find(|issuer| claims.get("iss").is_some_and(|named| *named == issuer.url));
-        let issuer =
-            issuer.ok_or_else(|| invalid("its issuer is not one that this relay trusts"))?;
-        // A token that names no key may be signed by any.
-        let id = header.get("kid").and_then(Value::as_str);
-        let is_named = |key: &Key| id.is_none() || key.id.as_deref() == id;
-        let unavailable = || Answer::new(503, RETRY, "the issuer's keys cannot be had now");
-        let keys = issuer.keys(is_named).ok_or_else(unavailable)?;
-        let options = VerificationOptions {
-            allowed_issuers: Some([issuer.url.clone()].into()),
-            allowed_audiences: Some(issuer.audiences.clone()),
-            time_tolerance: Some(coarsetime::Duration::from_secs(CLOCK_SKEW)),
-            ..VerificationOptions::default()
-        };
-        let mut why = "its issuer publishes no key for it".to_owned();
-        for key in keys.iter().filter(|key| is_named(key)) {
-            match (key.verify)(token, &options) {
-                Ok(_) if claims.get("exp").is_some_and(Value::is_i64) => return Ok(claims),
-                Ok(_) => why = "it has no exp that is a whole number of seconds".into(),
-                Err(e) => match e.downcast_ref() {
-                    // All keys for other algorithms say so; it must not hide the true reason.
-                    Some(JWTError::AlgorithmMismatch) => {}
-                    Some(e) => why = JWTError::to_string(e),
-                    None => why = "a part of it cannot be read".into(),
-                },
+    impl Permits {
+        fn new(config: &Config) -> Permits {
+            let of_rule = |rule: &crate::config::Rule| rule.max_connections.map(u32::from);
+            Permits {
+                free: config.daemon.max_connections.into(),
+                free_of_rule: config.rules.iter().map(of_rule).collect(),
+                queue: VecDeque::new(),
             }
         }
-        Err(invalid(&why))
-    }
-}
 
-/// May they: verified claims against the rules, and who that makes the caller. Pure: touches nothing. Promises that
-/// whoever matches nothing gets nothing.
-mod policy {
-    use super::{config::Rule, http::Answer, oidc::Claims, shown};
-    use serde_json::Value;
-
-    /// Claims that tell an operator whose job it was, where a token has them.
-    const IDENTITY: [&str; 8] = [
-        "sub",
-        "repository",
-        "ref",
-        "event_name",
-        "actor",
-        "run_id",
-        "project_path",
-        "pipeline_id",
-    ];
-
-    /// Of the first rule that matches, the arguments for nix-daemon; and who the caller is, as `rule="…" sub="…" …`,
-    /// every value escaped. Answers 403 if none does, with what did not fit the one that came nearest.
-    pub fn authorize<'a>(
-        rules: &'a [Rule],
-        claims: &Claims,
-    ) -> Result<(&'a [String], String), Answer> {
-        let (mut nearest, mut why) = (usize::MAX, String::new());
-        for rule in rules {
-            let mut audiences = each(claims.get("aud")).iter().map(Value::as_str);
-            if claims["iss"].as_str() != rule.issuer.as_deref()
-                || !audiences.any(|to| to == rule.audience.as_deref())
-            {
-                continue;
+        fn take(&mut self, rule: usize) -> bool {
+            let of_rule = &mut self.free_of_rule[rule];
+            if self.free == 0 || *of_rule == Some(0) {
+                return false;
             }
-            let mut unfit = rule
-                .bound_claims
+            self.free -= 1;
+            *of_rule = of_rule.map(|free| free - 1);
+            true
+        }
+
+        /// True: taken. False: `turn` is set when it is. Fails if too many wait.
+        fn take_or_queue(&mut self, rule: usize, turn: &Arc<Event>) -> Result<bool, Answer> {
+            // Whoever waits could not take one either, or would have it.
+            if self.take(rule) {
+                return Ok(true);
+            }
+            let waiting = self
+                .queue
                 .iter()
-                .filter(|(name, all)| !fits(rule, all, claims.get(*name)));
-            let Some((name, _)) = unfit.next() else {
-                let known = IDENTITY
-                    .iter()
-                    .filter_map(|n| Some(format!(" {n}={}", shown(&text(claims.get(*n)?)?))));
-                let identity = format!("rule={}{}", shown(&rule.name), known.collect::<String>());
-                return Ok((rule.extra_args.as_deref().unwrap_or_default(), identity));
-            };
-            let more = unfit.count();
-            if more < nearest {
-                let has = claims.get(name).map_or("missing".into(), |value| {
-                    shown(&text(value).unwrap_or_default())
-                });
-                (nearest, why) = (
-                    more,
-                    format!("the token is good, but not for this relay: {name} is {has}"),
-                );
+                .filter(|waiting| waiting.rule == rule)
+                .count();
+            if waiting >= MAX_QUEUE {
+                return Err(full().because("too many wait already"));
+            }
+            self.queue.push_back(Waiting {
+                rule,
+                turn: turn.clone(),
+            });
+            Ok(false)
+        }
+
+        /// False if it was its turn already.
+        fn leave_queue(&mut self, turn: &Arc<Event>) -> bool {
+            let length = self.queue.len();
+            self.queue
+                .retain(|waiting| !Arc::ptr_eq(&waiting.turn, turn));
+            self.queue.len() < length
+        }
+
+        fn give_back(&mut self, rule: usize) {
+            self.free += 1;
+            let of_rule = &mut self.free_of_rule[rule];
+            *of_rule = of_rule.map(|free| free + 1);
+
+            for index in 0..self.queue.len() {
+                if self.take(self.queue[index].rule) {
+                    if let Some(next) = self.queue.remove(index) {
+                        next.turn.set();
+                    }
+                    return;
+                }
             }
         }
-        Err(Answer::new(403, &[], &why))
     }
 
-    /// Whether one of the claim's values, or the only one, matches one of the patterns.
-    fn fits(rule: &Rule, patterns: &Value, claim: Option<&Value>) -> bool {
-        let case = |text: String| {
-            if rule.ignores_case {
-                text.to_ascii_lowercase()
-            } else {
-                text
+    /// Leave to have a session. It gives itself back.
+    struct Permit {
+        relay: Arc<Relay>,
+        rule: usize,
+    }
+
+    impl Permit {
+        /// For one that was taken.
+        fn new(relay: &Arc<Relay>, rule: usize) -> Permit {
+            Permit {
+                relay: relay.clone(),
+                rule,
             }
-        };
-        let patterns: Vec<String> = each(Some(patterns))
-            .iter()
-            .filter_map(text)
-            .map(case)
-            .collect();
-        let mut values = each(claim).iter().filter_map(text).map(case);
-        values.any(|value| patterns.iter().any(|pattern| matches(pattern, &value)))
-    }
-
-    fn each(value: Option<&Value>) -> &[Value] {
-        value.map_or(&[], |value| {
-            value
-                .as_array()
-                .map_or(std::slice::from_ref(value), Vec::as_slice)
-        })
-    }
-
-    /// A string; a number or a boolean as JSON prints it; nothing else.
-    fn text(value: &Value) -> Option<String> {
-        let printed = (value.is_number() || value.is_boolean()).then(|| value.to_string());
-        value.as_str().map(str::to_owned).or(printed)
-    }
-
-    /// A `*` stands for any run of characters, all else for itself.
-    fn matches(pattern: &str, text: &str) -> bool {
-        let Some((start, rest)) = pattern.split_once('*') else {
-            return pattern == text;
-        };
-        let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
-        let mut left = text.strip_prefix(start);
-        // Of all places for a part the first is best: it leaves the most to what follows.
-        for part in middle.split('*') {
-            left = left.and_then(|text| Some(text.split_once(part)?.1));
         }
-        left.is_some_and(|text| text.ends_with(end))
+    }
+
+    impl Drop for Permit {
+        fn drop(&mut self) {
+            lock(&self.relay.permits).give_back(self.rule);
+        }
     }
 }
 
-/// A request head in, a status out; nothing else of HTTP (RFC 9110, RFC 9112, RFC 6455 section 4). Reads and writes
-/// the client's socket. Promises that every wait ends by a deadline, that a head is never longer than 16 KiB, and
-/// that no answer is lost to a reset because the client still sends.
+/// A request head in, a status out; nothing else of HTTP (RFC 9110, RFC 9112, RFC 6455 section
+/// 4). Reads and writes the client's socket. Promises that every wait ends by a deadline, that a
+/// head is never longer than 16 KiB, and that an answer is one line, whatever the client sent.
 mod http {
-    use super::{poll, shown};
+    use crate::poll;
+    use crate::util::quoted;
     use jwt_simple::reexports::ct_codecs::{Base64, Decoder};
-    use std::{
-        fmt::Display, io, io::Read, io::Write, net::Shutdown, net::TcpStream, time::Duration,
-        time::Instant,
-    };
-    use tungstenite::handshake::server::{create_response, write_response};
-    use tungstenite::http::{HeaderValue, Request, StatusCode, Version, header};
+    use std::fmt::Display;
+    use std::io::{self, Read, Write};
+    use std::net::TcpStream;
+    use std::time::{Instant, SystemTime};
+    use tungstenite::handshake::derive_accept_key;
+    use tungstenite::http::{HeaderMap, Request, StatusCode, Version, header};
 
     /// So no token is longer, either.
     const MAX_HEAD_BYTES: usize = 16 << 10;
+    const MAX_HEADERS: usize = 100;
+    /// Of what proxies appended to X-Forwarded-For, in the log.
+    const MAX_FORWARDED_CHARS: usize = 200;
+    /// What a connection begins with that speaks the PROXY protocol, version 1 or 2.
+    const PROXY_HEADERS: [&[u8]; 2] = [b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n"];
+    /// And TLS: a record that holds a handshake.
+    const TLS_HANDSHAKE: u8 = 0x16;
 
     type Headers = &'static [(&'static str, &'static str)];
     const NO_TOKEN: Headers = &[("WWW-Authenticate", "Bearer realm=\"nix-relay\"")];
@@ -688,7 +713,7 @@ mod http {
     pub struct Answer {
         pub status: u16,
         pub line: String,
-        /// What only the log is told.
+        /// Logged, not sent.
         pub cause: String,
         headers: Headers,
     }
@@ -703,6 +728,16 @@ mod http {
             }
         }
 
+        /// The answer of `/healthz`.
+        pub fn health(draining: bool) -> Answer {
+            if draining {
+                Answer::new(503, &[], "draining")
+            } else {
+                Answer::new(200, &[], "ok")
+            }
+        }
+
+        /// With something that only the log is told.
         pub fn because(self, cause: impl Display) -> Answer {
             Answer {
                 cause: format!(": {cause}"),
@@ -710,40 +745,30 @@ mod http {
             }
         }
 
-        /// Sends it, gives the client `linger` to hear it, and ends the connection.
-        pub fn send(
-            &self,
-            mut socket: &TcpStream,
-            with_body: bool,
-            linger: Duration,
-        ) -> io::Result<()> {
+        /// Sends it. The connection ends with it.
+        pub fn send(&self, mut socket: &TcpStream, with_body: bool) -> io::Result<()> {
             let status = StatusCode::from_u16(self.status).map_err(io::Error::other)?;
-            let (kind, length) = ("text/plain; charset=utf-8", self.line.len() + 1);
-            let headers: String = self
-                .headers
-                .iter()
-                .map(|(name, value)| format!("{name}: {value}\r\n"))
-                .collect();
-            let body = if with_body {
-                format!("{}\n", self.line)
+            let date = httpdate::fmt_http_date(SystemTime::now());
+            let length = self.line.len() + 1;
+            let connection = if self.status == 426 {
+                "upgrade, close"
             } else {
-                String::new()
+                "close"
             };
-            let head = format!(
-                "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n{headers}"
-            );
-            socket.write_all(format!("{head}Connection: close\r\n\r\n{body}").as_bytes())?;
-            self::linger(socket, linger)
-        }
-    }
 
-    /// Ends our side of a connection, and waits for the client to end its own. What it still sends is read: left
-    /// unread, it would make the kernel send a reset, which can overtake our last words.
-    pub fn linger(mut socket: &TcpStream, limit: Duration) -> io::Result<()> {
-        socket.shutdown(Shutdown::Write)?;
-        let until = Instant::now() + limit;
-        while poll::readable(socket, until) && socket.read(&mut [0; 4096])? > 0 {}
-        Ok(())
+            let mut answer = format!(
+                "HTTP/1.1 {status}\r\nDate: {date}\r\nContent-Type: text/plain; charset=utf-8\r\n\
+                 Content-Length: {length}\r\nConnection: {connection}\r\n"
+            );
+            for (name, value) in self.headers {
+                answer += &format!("{name}: {value}\r\n");
+            }
+            answer += "\r\n";
+            if with_body {
+                answer += &format!("{}\n", self.line);
+            }
+            socket.write_all(answer.as_bytes())
+        }
     }
 
     /// A request head, and what came behind it.
@@ -753,18 +778,21 @@ mod http {
     }
 
     impl Head {
-        /// `None`: the client left before it had sent a whole head.
+        /// None: the client left before it had sent a whole head.
         pub fn read(mut socket: &TcpStream, deadline: Instant) -> Result<Option<Head>, Answer> {
-            let (mut bytes, mut length) = (vec![0; MAX_HEAD_BYTES], 0);
+            let mut bytes = vec![0; MAX_HEAD_BYTES];
+            let mut length = 0;
+
             while length < MAX_HEAD_BYTES {
-                if poll::readable(socket, deadline) {
+                if poll::readable(&socket, deadline) {
                     let more = socket.read(&mut bytes[length..]).unwrap_or(0);
                     length += more;
                     let head = Head::parse(&bytes[..length])?;
                     if head.is_some() || more == 0 {
                         return Ok(head);
                     }
-                } else if Instant::now() >= deadline {
+                }
+                if Instant::now() >= deadline {
                     return Err(Answer::new(
                         408,
                         &[],
@@ -779,394 +807,1487 @@ mod http {
             ))
         }
 
-        /// tungstenite's own parser knows GET alone; others must hear 405, and HEAD its answer.
-        fn parse(bytes: &[u8]) -> Result<Option<Head>, Answer> {
-            let bad = |e: &dyn Display| Answer::new(400, &[], &format!("not HTTP/1.1: {e}"));
-            let mut headers = [httparse::EMPTY_HEADER; 100];
+        /// None: it is not whole yet. tungstenite's own parser knows GET alone; others must hear
+        /// 405, and HEAD its answer.
+        pub fn parse(bytes: &[u8]) -> Result<Option<Head>, Answer> {
+            let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
             let mut parsed = httparse::Request::new(&mut headers);
             let length = match parsed.parse(bytes) {
                 Ok(httparse::Status::Partial) => return Ok(None),
                 Ok(httparse::Status::Complete(length)) => length,
-                Err(e @ httparse::Error::TooManyHeaders) => {
-                    return Err(Answer::new(431, &[], &e.to_string()));
+                Err(httparse::Error::TooManyHeaders) => {
+                    let line = format!("the request has more than {MAX_HEADERS} headers");
+                    return Err(Answer::new(431, &[], &line));
                 }
-                Err(e) => return Err(bad(&e)),
+                Err(e) => return Err(not_http(bytes, e)),
             };
+
             let version = if parsed.version == Some(1) {
                 Version::HTTP_11
             } else {
                 Version::HTTP_10
             };
-            let (method, uri) = (
-                parsed.method.unwrap_or_default(),
-                parsed.path.unwrap_or_default(),
-            );
-            let request = Request::builder().method(method).uri(uri).version(version);
-            let request = parsed
-                .headers
-                .iter()
-                .fold(request, |request, h| request.header(h.name, h.value));
+            let mut request = Request::builder()
+                .method(parsed.method.unwrap_or_default())
+                .uri(parsed.path.unwrap_or_default())
+                .version(version);
+            for header in parsed.headers {
+                request = request.header(header.name, header.value);
+            }
+            let request = request.body(()).map_err(|e| not_http(bytes, e))?;
             Ok(Some(Head {
-                request: request.body(()).map_err(|e| bad(&e))?,
+                request,
                 rest: bytes[length..].to_vec(),
             }))
         }
 
-        /// The bytes of the 101, if this is a WebSocket upgrade (RFC 6455, section 4.2).
-        pub fn switching_protocols(&self) -> Result<Vec<u8>, Answer> {
-            let refused = |e| {
-                Answer::new(
-                    426,
-                    UPGRADE,
-                    &format!("this is a WebSocket, which client.sh can open: {e}"),
-                )
-            };
-            let mut response = create_response(&self.request).map_err(refused)?;
-            let (name, mut bytes) = (header::SEC_WEBSOCKET_PROTOCOL, Vec::new());
-            let offers = self.request.headers().get_all(&name).iter();
-            let mut offers = offers.flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
-            if offers.any(|offer| offer.trim_ascii() == b"binary") {
-                response
-                    .headers_mut()
-                    .insert(name, HeaderValue::from_static("binary"));
+        /// RFC 9112, section 3.2: one Host, and none only before HTTP/1.1.
+        pub fn check_host(&self) -> Result<(), Answer> {
+            match self.request.headers().get_all(header::HOST).iter().count() {
+                1 => Ok(()),
+                0 if self.request.version() == Version::HTTP_10 => Ok(()),
+                0 => Err(bad_request("the request has no Host header")),
+                _ => Err(bad_request("the request has more than one Host header")),
             }
-            write_response(&mut bytes, &response).map_err(refused)?;
-            Ok(bytes)
         }
 
-        /// What a proxy, or whoever claims to be one, says of where the request came from; for the log.
+        /// The bytes of the 101, if this is a WebSocket upgrade (RFC 6455, section 4.2).
+        pub fn upgrade_response(&self) -> Result<Vec<u8>, Answer> {
+            let headers = self.request.headers();
+            let mut lengths = headers.get_all(header::CONTENT_LENGTH).iter();
+            let has_body = lengths.any(|length| length != "0");
+            if has_body || headers.contains_key(header::TRANSFER_ENCODING) {
+                return Err(bad_request("a WebSocket upgrade has no body"));
+            }
+            if headers.get_all(header::SEC_WEBSOCKET_KEY).iter().count() > 1 {
+                return Err(bad_request("more than one Sec-WebSocket-Key header"));
+            }
+            if let Some(what) = self.missing_for_upgrade() {
+                let line =
+                    format!("expected a WebSocket upgrade, but {what}; does a proxy remove it?");
+                return Err(Answer::new(426, UPGRADE, &line));
+            }
+
+            let accept = derive_accept_key(self.header(header::SEC_WEBSOCKET_KEY));
+            let mut offers = elements(headers, header::SEC_WEBSOCKET_PROTOCOL);
+            let protocol = match offers.find(|name| *name == "binary") {
+                Some(_) => "sec-websocket-protocol: binary\r\n",
+                None => "",
+            };
+            let response = format!(
+                "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
+                 sec-websocket-accept: {accept}\r\n{protocol}\r\n"
+            );
+            Ok(response.into_bytes())
+        }
+
+        /// What a WebSocket upgrade has, and this request has not.
+        fn missing_for_upgrade(&self) -> Option<&'static str> {
+            let headers = self.request.headers();
+            let has = |name, member: &str| {
+                elements(headers, name).any(|element| element.eq_ignore_ascii_case(member))
+            };
+            let nonce = Base64::decode_to_vec(self.header(header::SEC_WEBSOCKET_KEY), None);
+
+            let wanted = [
+                (
+                    self.request.version() == Version::HTTP_11,
+                    "the request is not HTTP/1.1",
+                ),
+                (
+                    has(header::CONNECTION, "upgrade"),
+                    "Connection does not name Upgrade",
+                ),
+                (
+                    has(header::UPGRADE, "websocket"),
+                    "Upgrade does not name websocket",
+                ),
+                (
+                    self.header(header::SEC_WEBSOCKET_VERSION) == b"13",
+                    "Sec-WebSocket-Version is not 13",
+                ),
+                (
+                    nonce.is_ok_and(|nonce| nonce.len() == 16),
+                    "Sec-WebSocket-Key is not 16 bytes in base64",
+                ),
+            ];
+            wanted
+                .iter()
+                .find(|(is_there, _)| !is_there)
+                .map(|(_, what)| *what)
+        }
+
+        /// The first value of this name, if there is one.
+        fn header(&self, name: header::HeaderName) -> &[u8] {
+            let value = self.request.headers().get(name);
+            value.map_or(&[], |value| value.as_bytes())
+        }
+
+        /// What proxies say of where the request came from, as ` forwarded_for="…"` for the log.
+        /// They append, so its end is kept.
         pub fn forwarded_for(&self) -> String {
-            let said = self.request.headers().get_all("X-Forwarded-For").iter();
-            let said: Vec<_> = said
-                .map(|value| String::from_utf8_lossy(value.as_bytes()))
+            let said: Vec<_> = self
+                .request
+                .headers()
+                .get_all("X-Forwarded-For")
+                .iter()
                 .collect();
             if said.is_empty() {
-                String::new()
-            } else {
-                format!(" forwarded_for={}", shown(&said.join(", ")))
+                return String::new();
             }
+
+            let said: Vec<_> = said
+                .iter()
+                .map(|value| String::from_utf8_lossy(value.as_bytes()))
+                .collect();
+            let said = said.join(", ");
+            let cut = said.chars().count().saturating_sub(MAX_FORWARDED_CHARS);
+            let end: String = said.chars().skip(cut).collect();
+            format!(" forwarded_for={}", quoted(&end))
         }
 
         /// The token of `Authorization: Bearer` (RFC 6750), or of `Basic` as its password.
         pub fn token(&self) -> Result<String, Answer> {
             let mut all = self.request.headers().get_all(header::AUTHORIZATION).iter();
-            let text = all
+            let value = all
                 .next()
                 .and_then(|value| value.to_str().ok())
                 .unwrap_or_default();
             if all.next().is_some() {
-                return Err(Answer::new(400, &[], "more than one Authorization header"));
+                return Err(bad_request("more than one Authorization header"));
             }
-            let (scheme, rest) = text.split_once(' ').unwrap_or_default();
-            let basic =
-                |pair: Vec<u8>| Some(String::from_utf8(pair).ok()?.split_once(':')?.1.to_owned());
+
+            let (scheme, rest) = value.split_once(' ').unwrap_or_default();
             let token = match scheme.to_ascii_lowercase().as_str() {
                 "bearer" => Some(rest.trim().to_owned()),
-                "basic" => Base64::decode_to_vec(rest.trim(), None)
-                    .ok()
-                    .and_then(basic),
+                "basic" => password(rest.trim()),
                 _ => None,
             };
             let line = "send an OIDC token, as a Bearer token or as the password of Basic";
             token.ok_or_else(|| Answer::new(401, NO_TOKEN, line))
         }
     }
+
+    fn bad_request(line: &str) -> Answer {
+        Answer::new(400, &[], line)
+    }
+
+    /// What to say to bytes that are no request head: a proxy is often configured for something
+    /// else.
+    fn not_http(bytes: &[u8], error: impl Display) -> Answer {
+        if PROXY_HEADERS.iter().any(|header| bytes.starts_with(header)) {
+            bad_request("expected HTTP/1.1, not the PROXY protocol; turn it off in the proxy")
+        } else if bytes.first() == Some(&TLS_HANDSHAKE) {
+            bad_request(
+                "expected HTTP/1.1, not TLS; use ws://, or wss:// through a proxy that does TLS",
+            )
+        } else {
+            bad_request(&format!("expected HTTP/1.1: {error}"))
+        }
+    }
+
+    /// The members of a comma-separated list, over all lines of its name (RFC 9110, section 5.6.1).
+    fn elements(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
+        let lines = headers.get_all(name).into_iter();
+        let members = lines.flat_map(|line| line.to_str().unwrap_or_default().split(','));
+        members.map(|member| member.trim_matches([' ', '\t']))
+    }
+
+    /// Of the credentials of `Basic` (RFC 7617).
+    fn password(credentials: &str) -> Option<String> {
+        let pair = Base64::decode_to_vec(credentials, None).ok()?;
+        let pair = String::from_utf8(pair).ok()?;
+        Some(pair.split_once(':')?.1.to_owned())
+    }
 }
 
-/// What every wait for a client or a child rests on: poll(2), with a limit.
-mod poll {
-    use rustix::event::{PollFd, PollFlags, Timespec};
-    use std::{os::fd::AsFd, time::Instant};
+/// Who is calling: a token and the keys of its issuer become verified claims. Talks to the
+/// issuers (OpenID Connect Discovery 1.0, RFC 7517), or reads their keys from files. Promises
+/// that an `Identity` exists only after signature, issuer, audience and times of its token were
+/// checked (RFC 7519, RFC 8725), that a token is compared with the keys of the issuer that it
+/// names alone, that whoever has a cached key never waits, and that a token goes nowhere from
+/// here, the log included.
+mod oidc {
+    use crate::config::Config;
+    use crate::http::{Answer, INVALID_TOKEN, RETRY};
+    use crate::metrics;
+    use crate::util::{self, lock, secs};
+    use jwt_simple::JWTError;
+    use jwt_simple::prelude::*;
+    use log::{info, warn};
+    use serde::de::{Deserializer, Error, MapAccess, Visitor};
+    use serde_json::{Map, Value};
+    use std::collections::{BTreeMap, HashSet};
+    use std::fs::{self, Metadata};
+    use std::os::unix::fs::MetadataExt;
+    use std::path::{Path, PathBuf};
+    use std::sync::{Arc, Condvar, Mutex};
+    use std::time::{Duration, Instant, SystemTime};
+    use std::{fmt, io, thread};
 
-    /// A descriptor to wait for, if there is one.
-    pub fn on(fd: &Option<impl AsFd>, events: PollFlags) -> Option<PollFd<'_>> {
-        fd.as_ref().map(|fd| PollFd::new(fd, events))
+    /// How far the issuer's clock and ours may be apart.
+    const CLOCK_SKEW_SECS: u64 = 60;
+    /// For the discovery document and the key set together.
+    const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
+    /// For a token that waits for a fetch, which may have begun before.
+    const WAIT_TIMEOUT: Duration = Duration::from_secs(11);
+    /// Tokens that wait for one issuer's keys at once.
+    const MAX_WAITING: u32 = 64;
+    /// Keys that could not be fetched again for so long are believed no more.
+    const MAX_KEY_AGE: Duration = Duration::from_secs(24 * 3600);
+    /// Between fetches that tokens ask for, and after one that failed.
+    const REFETCH_PAUSE: Duration = Duration::from_secs(30);
+    /// The same while there are no keys at all.
+    const FIRST_FETCH_PAUSE: Duration = Duration::from_secs(1);
+
+    /// The claims of a token.
+    pub type Claims = Map<String, Value>;
+
+    /// Who calls, as the issuer vouches for it.
+    pub struct Identity {
+        pub issuer: String,
+        pub audiences: Vec<String>,
+        pub claims: Claims,
     }
 
-    /// Waits until it can be read, or is broken; or, then false, until the time has come, and now and then less.
-    pub fn readable(fd: &impl AsFd, until: Instant) -> bool {
-        !ready([Some(PollFd::new(fd, PollFlags::IN))], until)[0].is_empty()
+    type Verify = dyn Fn(&str, &VerificationOptions) -> Result<(), jwt_simple::Error> + Send + Sync;
+
+    /// A published key. It decides on the algorithm, never the token.
+    struct Key {
+        id: Option<String>,
+        /// One for each algorithm that it is good for: several if it is of RSA and does not say.
+        verifiers: Vec<Box<Verify>>,
     }
 
-    /// Waits until a descriptor is ready for its events (or broken, which always counts) or until the time has come,
-    /// and says what each is ready for: nothing, at the deadline and now and then without a reason.
-    pub fn ready<const N: usize>(fds: [Option<PollFd<'_>>; N], until: Instant) -> [PollFlags; N] {
-        let mut polled: Vec<_> = fds.iter().flatten().cloned().collect();
-        let left = until.saturating_duration_since(Instant::now());
-        // It fails when a signal comes, and when memory is short: both pass.
-        let _ = rustix::event::poll(&mut polled, Timespec::try_from(left).ok().as_ref());
-        let mut answers = polled.iter().map(PollFd::revents);
-        fds.map(|fd| {
-            fd.and_then(|_| answers.next())
-                .unwrap_or(PollFlags::empty())
-        })
-    }
-}
-
-/// nix-daemon on one side, the WebSocket on the other, and how it ends. Owns the connection and the child. Promises
-/// that neither direction ever waits for the other, that each session ends in `Session::run` with one `End`, from
-/// which log and Close are made, and that by then the child is reaped and its process group gone.
-mod session {
-    use super::{admin, config::Config, http, poll, secs, shown};
-    use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-    use rustix::{
-        event::PollFd, event::PollFlags, io::Errno, io::ioctl_fionread, net::SendFlags, net::send,
-    };
-    use rustix::{pipe::SpliceFlags, pipe::splice};
-    use std::io::{self, ErrorKind, Read, Write};
-    use std::os::{
-        fd::BorrowedFd, fd::OwnedFd, unix::process::CommandExt, unix::process::ExitStatusExt,
-    };
-    use std::process::{Child, ChildStdout, Command, Stdio};
-    use std::{env, iter, net::Shutdown, net::TcpStream, sync::Arc, time::Duration, time::Instant};
-    use tungstenite::protocol::frame::{
-        CloseFrame, Frame, FrameHeader, coding::Data, coding::OpCode,
-    };
-    use tungstenite::protocol::{Role, WebSocketConfig};
-    use tungstenite::{Bytes, Error, Message, WebSocket, error::ProtocolError};
-    use {log::info, log::warn};
-
-    /// For the larger pipes of all sessions. An unprivileged user whose pipes hold more than 64 MiB is given tiny ones
-    /// from then on (pipe(7)), and an output pipe is a quarter of an input pipe, which gains less from more.
-    const PIPES_BYTES: u32 = 40 << 20;
-    /// With more in a read, which tungstenite clears memory for, bytes leave the cache between steps.
-    const READ_BYTES: usize = 64 << 10;
-    /// Less is copied: of what is spliced, whole pages stay in the socket's queue, which counts only the bytes in them.
-    const MIN_SPLICE_BYTES: u64 = 32 << 10;
-    const MAX_MESSAGE_BYTES: usize = 16 << 20;
-    /// Of the child's standard error, in the log.
-    const MAX_LINE_BYTES: usize = 4 << 10;
-    /// RFC 6455, section 5.5: a control frame holds 125 bytes, and the code of a Close is two.
-    const MAX_REASON_BYTES: usize = 123;
-    /// With more of them unsent, of further pongs the last one does (RFC 6455, section 5.5.3).
-    const MAX_PONG_BYTES: usize = 4 << 10;
-    /// Intervals without a sign of life after which a client counts as gone.
-    const KEEPALIVES: u32 = 3;
-    /// The client has so long to take a Close, and again to end the connection after it.
-    const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-    /// And so long to take, and before it, what a child left that has exited.
-    const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
-    /// How many seconds a child has whose session is over, and what it hears after them. Its standard input is closed
-    /// by then: that makes nix-daemon cancel its builds and let go of its locks. The last step, which only the kernel
-    /// can delay, is repeated.
-    const LADDER: [(u32, Signal); 2] = [(10, Signal::TERM), (5, Signal::KILL)];
-
-    /// A running child, leader of a process group of its own. Dropped, it is killed and reaped.
-    pub struct Daemon {
-        child: Child,
-        /// Readable once it has exited.
-        exit: Option<OwnedFd>,
-        /// Of its standard error: the line that is not whole yet, and the one before.
-        line: Vec<u8>,
-        last_line: String,
-    }
-
-    impl Daemon {
-        /// Fails if the program cannot be run, with why.
-        pub fn spawn(config: &Config, arguments: &[String]) -> io::Result<Daemon> {
-            let mut command = Command::new(&config.nix_daemon_path);
-            command
-                .args(arguments)
-                .current_dir("/")
-                .process_group(0)
-                .env_remove("NOTIFY_SOCKET");
-            command
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
-            let ours = |name: &str| name.starts_with("NIX_RELAY_") || name.starts_with("ACTIONS_");
-            for (name, _) in env::vars_os().filter(|(name, _)| ours(&name.to_string_lossy())) {
-                command.env_remove(name);
+    impl Key {
+        /// None: its kind is unknown, it is too weak, or it is not for signatures.
+        fn parse(jwk: &Value) -> Option<Key> {
+            let text = jwk.to_string();
+            let mut verifiers: Vec<Box<Verify>> = Vec::new();
+            macro_rules! try_each {
+                ($($kind:ty),*) => {$(
+                    if let Ok(key) = <$kind>::from_jwk(&text) {
+                        verifiers.push(Box::new(move |token, options| {
+                            let options = Some(options.clone());
+                            key.verify_token::<NoCustomClaims>(token, options).map(drop)
+                        }));
+                    }
+                )*};
             }
-            let (line, last_line) = (Vec::new(), String::from("it gave no reason"));
-            let mut daemon = Daemon {
-                child: command.spawn()?,
-                exit: None,
-                line,
-                last_line,
+            try_each!(RS256PublicKey, RS384PublicKey, RS512PublicKey);
+            try_each!(PS256PublicKey, PS384PublicKey, PS512PublicKey);
+            try_each!(ES256PublicKey, ES384PublicKey, Ed25519PublicKey);
+
+            let id = jwk["kid"].as_str().map(String::from);
+            (!verifiers.is_empty()).then_some(Key { id, verifiers })
+        }
+    }
+
+    /// The usable keys of a key set (RFC 7517, section 5).
+    fn parse_set(set: &Value) -> Result<Vec<Key>, String> {
+        let keys: Vec<Key> = set["keys"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Key::parse)
+            .collect();
+        if keys.is_empty() {
+            Err("no usable key".into())
+        } else {
+            Ok(keys)
+        }
+    }
+
+    /// A token, as it claims to be; nothing of it is verified.
+    struct Token<'a> {
+        text: &'a str,
+        key_id: Option<String>,
+        claims: Claims,
+    }
+
+    impl Token<'_> {
+        fn parse(text: &str) -> Result<Token<'_>, String> {
+            let mut parts = text.split('.').map_while(object);
+            let (Some(header), Some(claims)) = (parts.next(), parts.next()) else {
+                return Err("it is not a signed JSON Web Token".into());
             };
-            daemon.exit = Some(pidfd_open(
-                Pid::from_child(&daemon.child),
-                PidfdFlags::empty(),
-            )?);
-            if let (Some(stdin), Some(stdout)) = (&daemon.child.stdin, &daemon.child.stdout) {
-                rustix::io::ioctl_fionbio(stdin, true)?;
-                let size = 1
-                    << (PIPES_BYTES / config.max_connections)
-                        .max(1)
-                        .ilog2()
-                        .clamp(18, 20);
-                // May be refused to an unprivileged user; then smaller pipes do.
-                let _ = rustix::pipe::fcntl_setpipe_size(stdin, size);
-                let _ = rustix::pipe::fcntl_setpipe_size(stdout, size / 4);
+            if header.contains_key("crit") {
+                return Err("it has a critical extension, and this relay knows none".into());
             }
-            Ok(daemon)
+            // jwt-simple would accept a token without one.
+            if !claims.get("exp").is_some_and(Value::is_number) {
+                return Err("exp is missing or not a number".into());
+            }
+            let key_id = header.get("kid").and_then(Value::as_str).map(String::from);
+            Ok(Token {
+                text,
+                key_id,
+                claims,
+            })
+        }
+    }
+
+    /// The object that a part of a token holds.
+    fn object(part: &str) -> Option<Claims> {
+        let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
+        let mut reader = serde_json::Deserializer::from_slice(&json);
+        let object = reader.deserialize_map(Members).ok()?;
+        reader.end().is_ok().then_some(object)
+    }
+
+    /// The members of a JSON object, which may be anybody's. A name that is there twice is
+    /// refused: others might read the first where we read the last (RFC 7519, section 4).
+    struct Members;
+
+    impl<'de> Visitor<'de> for Members {
+        type Value = Claims;
+
+        fn expecting(&self, to: &mut fmt::Formatter) -> fmt::Result {
+            to.write_str("an object")
         }
 
-        /// As much of the input as it takes at once.
-        fn feed(&mut self, input: &mut Bytes) {
-            match self
-                .child
-                .stdin
-                .as_mut()
-                .map_or(Ok(input.len()), |stdin| stdin.write(input))
-            {
-                Ok(written) => drop(input.split_to(written)),
-                Err(e) if [ErrorKind::WouldBlock, ErrorKind::Interrupted].contains(&e.kind()) => {}
-                // It wants no more, but may still have something to say.
-                Err(_) => (self.child.stdin, *input) = (None, Bytes::new()),
+        fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Claims, A::Error> {
+            let mut all = Claims::new();
+            while let Some((name, value)) = members.next_entry()? {
+                if all.insert(name, value).is_some() {
+                    return Err(A::Error::custom("duplicate member name"));
+                }
+            }
+            Ok(all)
+        }
+    }
+
+    /// Why a token is not verified, and so whether newer keys could change that.
+    enum Rejection {
+        Final(String),
+        /// No key has its name, or there are no keys.
+        KeyUnknown,
+        /// Some issuers change a key and keep its name.
+        BadSignature(String),
+    }
+
+    fn invalid_token(why: &str) -> Answer {
+        Answer::new(
+            401,
+            INVALID_TOKEN,
+            &format!("the token does not verify: {why}"),
+        )
+    }
+
+    /// All whose tokens count.
+    pub struct Issuers(Vec<Arc<Issuer>>);
+
+    impl Issuers {
+        /// Those of all rules. Fails with a line if a file of keys, SSL_CERT_FILE or a proxy
+        /// cannot be used.
+        pub fn new(config: &Config) -> Result<Issuers, String> {
+            check_environment()?;
+            let mut audiences = BTreeMap::<_, HashSet<_>>::new();
+            for rule in &config.rules {
+                audiences
+                    .entry(&rule.issuer)
+                    .or_default()
+                    .insert(rule.audience.clone());
+            }
+
+            let ttl = secs(config.auth.jwks_cache_ttl_secs);
+            let mut issuers = Vec::new();
+            for (url, audiences) in audiences {
+                let source = match config.auth.jwks_files.get(url) {
+                    Some(path) => Source::File(KeyFile::open(path)?),
+                    None => Source::Web(ttl),
+                };
+                issuers.push(Arc::new(Issuer::new(url, audiences, source)));
+            }
+            Ok(Issuers(issuers))
+        }
+
+        /// Has the keys of each issuer fetched from now on; waits for none. Fails without threads.
+        pub fn start(&self) -> io::Result<()> {
+            for issuer in &self.0 {
+                if let Source::Web(ttl) = issuer.source {
+                    let issuer = issuer.clone();
+                    let thread = thread::Builder::new().name("keys".into());
+                    thread.spawn(move || issuer.refresh_forever(ttl))?;
+                }
+            }
+            Ok(())
+        }
+
+        /// Answers 401 if the token does not verify, and 503 if its issuer's keys cannot be had,
+        /// or cannot be asked for again yet. Before it waits, it calls `before_wait`.
+        pub fn verify(&self, token: &str, before_wait: impl FnOnce()) -> Result<Identity, Answer> {
+            let token = Token::parse(token).map_err(|why| invalid_token(&why))?;
+            let named = token.claims.get("iss").and_then(Value::as_str);
+            let issuer = self.0.iter().find(|issuer| Some(&*issuer.url) == named);
+            let issuer = issuer
+                .ok_or_else(|| invalid_token("its issuer is not one that this relay trusts"))?;
+
+            let rejection = match issuer.check(&token) {
+                Ok(()) => return Ok(issuer.identity(token)),
+                Err(rejection) => rejection,
+            };
+            let why = match &rejection {
+                Rejection::Final(why) => return Err(invalid_token(why)),
+                Rejection::KeyUnknown => "no matching key in the issuer's key set",
+                Rejection::BadSignature(why) => why,
+            };
+            before_wait();
+            match (issuer.refresh(), &rejection) {
+                (Ok(()), _) => match issuer.check(&token) {
+                    Ok(()) => Ok(issuer.identity(token)),
+                    Err(Rejection::Final(why) | Rejection::BadSignature(why)) => {
+                        Err(invalid_token(&why))
+                    }
+                    Err(Rejection::KeyUnknown) => Err(invalid_token(why)),
+                },
+                (Err(_), Rejection::BadSignature(why)) => Err(invalid_token(why)),
+                (Err(cause), _) => {
+                    let line = "the issuer's keys are unavailable; try again later";
+                    Err(Answer::new(503, RETRY, line).because(cause))
+                }
+            }
+        }
+    }
+
+    /// Fails with a line if SSL_CERT_FILE or a proxy's variable cannot be used.
+    pub fn check_environment() -> Result<(), String> {
+        util::trusted_roots()?;
+        util::proxy_from_env()?;
+        Ok(())
+    }
+
+    /// Where an issuer's keys come from.
+    enum Source {
+        /// Its discovery document, as often as this says.
+        Web(Duration),
+        File(KeyFile),
+    }
+
+    pub struct Issuer {
+        url: String,
+        audiences: HashSet<String>,
+        source: Source,
+        cache: Mutex<Cache>,
+        /// The thread that fetches is to, and whoever waits for it can look.
+        wanted: Condvar,
+        fetched: Condvar,
+    }
+
+    #[derive(Default)]
+    struct Cache {
+        /// When they were fetched, and the keys.
+        keys: Option<(Instant, Arc<Vec<Key>>)>,
+        /// The last fetch that a token asked for, or that failed.
+        last_attempt: Option<Instant>,
+        /// A fetch is wanted or goes on; by a token, or as it is time.
+        busy: bool,
+        wanted_by_token: bool,
+        /// Fetches that have ended, and whether the last one worked.
+        ended: u64,
+        worked: bool,
+        /// Tokens that wait for one.
+        waiting: u32,
+    }
+
+    impl Issuer {
+        fn new(url: &str, audiences: HashSet<String>, source: Source) -> Issuer {
+            Issuer {
+                url: url.into(),
+                audiences,
+                source,
+                cache: Mutex::default(),
+                wanted: Condvar::new(),
+                fetched: Condvar::new(),
             }
         }
 
-        /// What it has written to its standard error, line by line, to the log.
-        fn log_stderr(&mut self, session: u64) {
-            let mut chunk = [0; MAX_LINE_BYTES];
-            let length = self
-                .child
-                .stderr
-                .as_mut()
-                .map_or(0, |pipe| pipe.read(&mut chunk).unwrap_or(0));
-            self.child.stderr = self.child.stderr.take().filter(|_| length > 0);
-            for &byte in &chunk[..length] {
-                self.line.push(byte);
-                if byte == b'\n' || self.line.len() == MAX_LINE_BYTES {
-                    self.end_line(session);
+        /// To be called for a token that was verified.
+        fn identity(&self, token: Token) -> Identity {
+            let audiences = match token.claims.get("aud") {
+                Some(Value::Array(several)) => several.clone(),
+                one => one.cloned().into_iter().collect(),
+            };
+            let audiences = audiences
+                .iter()
+                .filter_map(Value::as_str)
+                .map(String::from)
+                .collect();
+            Identity {
+                issuer: self.url.clone(),
+                audiences,
+                claims: token.claims,
+            }
+        }
+
+        /// The keys as they are here, if they are not too old to be believed.
+        fn keys(&self) -> Option<Arc<Vec<Key>>> {
+            match &self.source {
+                Source::File(file) => Some(file.keys()),
+                Source::Web(_) => {
+                    let cache = lock(&self.cache);
+                    let (at, keys) = cache.keys.as_ref()?;
+                    (at.elapsed() < MAX_KEY_AGE).then(|| keys.clone())
                 }
             }
         }
 
-        fn end_line(&mut self, session: u64) {
-            if !self.line.trim_ascii().is_empty() {
-                self.last_line = String::from_utf8_lossy(self.line.trim_ascii_end()).into_owned();
-                info!(
-                    "nix-daemon says session={session} line={:?}",
-                    self.last_line
-                );
+        /// Verifies a token with the keys that are here.
+        fn check(&self, token: &Token) -> Result<(), Rejection> {
+            let keys = self.keys().ok_or(Rejection::KeyUnknown)?;
+            // OpenID Connect Core 1.0, section 10.1.
+            if token.key_id.is_none() && keys.len() > 1 {
+                let why = "it names no key (kid), and its issuer has several";
+                return Err(Rejection::Final(why.into()));
             }
-            self.line.clear();
+            let is_named = |key: &&Key| token.key_id.is_none() || key.id == token.key_id;
+            let named: Vec<&Key> = keys.iter().filter(is_named).collect();
+            if named.is_empty() {
+                return Err(Rejection::KeyUnknown);
+            }
+
+            let options = VerificationOptions {
+                allowed_issuers: Some([self.url.clone()].into()),
+                allowed_audiences: Some(self.audiences.clone()),
+                time_tolerance: Some(coarsetime::Duration::from_secs(CLOCK_SKEW_SECS)),
+                ..VerificationOptions::default()
+            };
+            let mut rejection =
+                Rejection::BadSignature("no matching key in the issuer's key set".into());
+            for verify in named.iter().flat_map(|key| &key.verifiers) {
+                let Err(e) = verify(token.text, &options) else {
+                    return Ok(());
+                };
+                match e.downcast_ref() {
+                    // The verifiers for other algorithms say so; that must not hide the true
+                    // reason.
+                    Some(JWTError::AlgorithmMismatch) => {}
+                    Some(e @ JWTError::InvalidSignature) => {
+                        rejection = Rejection::BadSignature(e.to_string())
+                    }
+                    Some(e) => return Err(Rejection::Final(e.to_string())),
+                    None => {
+                        rejection = Rejection::BadSignature("a part of it cannot be read".into())
+                    }
+                }
+            }
+            Err(rejection)
         }
 
-        /// Whether it exits in time; if so, with all that it says before that in the log, as far as there is time.
-        fn exits(&mut self, session: u64, until: Instant) -> bool {
+        /// Has the keys fetched again for a token, and waits for that, or for a fetch that goes
+        /// on. Fails, with why, if that did not work, if too many wait, or if it was tried a
+        /// moment ago.
+        fn refresh(&self) -> Result<(), String> {
+            if let Source::File(_) = self.source {
+                return Ok(());
+            }
+            let mut cache = lock(&self.cache);
+            if cache.waiting >= MAX_WAITING {
+                return Err("too many wait for them already".into());
+            }
+            if !cache.busy {
+                let pause = if cache.keys.is_some() {
+                    REFETCH_PAUSE
+                } else {
+                    FIRST_FETCH_PAUSE
+                };
+                if cache.last_attempt.is_some_and(|at| at.elapsed() < pause) {
+                    return Err("they were asked for a moment ago".into());
+                }
+                cache.busy = true;
+                cache.wanted_by_token = true;
+                self.wanted.notify_one();
+            }
+
+            let ended = cache.ended;
+            cache.waiting += 1;
+            let waited = self
+                .fetched
+                .wait_timeout_while(cache, WAIT_TIMEOUT, |cache| cache.ended == ended);
+            let mut cache = waited.unwrap_or_else(|e| e.into_inner()).0;
+            cache.waiting -= 1;
+            if cache.ended > ended && cache.worked {
+                Ok(())
+            } else {
+                Err("they could not be fetched".into())
+            }
+        }
+
+        /// The only one who fetches: when the keys are too old, after a pause when that failed,
+        /// and when a token needs others.
+        fn refresh_forever(&self, ttl: Duration) {
+            let mut pause = Duration::ZERO;
             loop {
+                let cache = lock(&self.cache);
+                let waited = self
+                    .wanted
+                    .wait_timeout_while(cache, pause, |cache| !cache.wanted_by_token);
+                let mut cache = waited.unwrap_or_else(|e| e.into_inner()).0;
+                let for_token = std::mem::take(&mut cache.wanted_by_token);
+                cache.busy = true;
+                drop(cache);
+
+                let begun = Instant::now();
+                let fetched = self.fetch_jwks();
+
+                let mut cache = lock(&self.cache);
+                cache.busy = false;
+                cache.wanted_by_token = false;
+                cache.ended += 1;
+                cache.worked = fetched.is_ok();
+                if for_token || fetched.is_err() {
+                    cache.last_attempt = Some(Instant::now());
+                }
+                pause = if fetched.is_ok() {
+                    ttl
+                } else {
+                    ttl.min(REFETCH_PAUSE)
+                };
+                metrics::add_jwks_refresh(fetched.is_ok());
+                match fetched {
+                    Ok(keys) => {
+                        info!("fetched keys issuer={:?} count={}", self.url, keys.len());
+                        cache.keys = Some((begun, Arc::new(keys)));
+                    }
+                    Err(e) => warn!("could not fetch keys issuer={:?} error={e:?}", self.url),
+                }
+                self.fetched.notify_all();
+            }
+        }
+
+        /// Discovery document, then key set (OpenID Connect Discovery 1.0, sections 4.1 to 4.3).
+        fn fetch_jwks(&self) -> Result<Vec<Key>, String> {
+            let deadline = Instant::now() + FETCH_TIMEOUT;
+            let url = self.url.trim_end_matches('/');
+            let document =
+                util::get_json(&format!("{url}/.well-known/openid-configuration"), deadline)?;
+            if document["issuer"] != self.url {
+                return Err(format!(
+                    "issuer mismatch in the discovery document: {}",
+                    document["issuer"]
+                ));
+            }
+
+            let url = document["jwks_uri"].as_str().unwrap_or_default();
+            if !util::is_https_or_loopback(url) {
+                return Err(format!("the jwks_uri must be an https URL, not {url:?}"));
+            }
+            let set = util::get_json(url, deadline)?;
+            parse_set(&set).map_err(|e| format!("{url}: {e}"))
+        }
+    }
+
+    /// A key set in a file, which is read again when it changes.
+    struct KeyFile {
+        path: PathBuf,
+        read: Mutex<(Option<Stamp>, Arc<Vec<Key>>)>,
+    }
+
+    /// What is another if a file was written or replaced.
+    type Stamp = (u64, u64, Option<SystemTime>);
+
+    impl KeyFile {
+        /// Fails with a line if it cannot be used.
+        fn open(path: &Path) -> Result<KeyFile, String> {
+            let stamp = stamp(path);
+            let keys = Arc::new(read_set(path)?);
+            Ok(KeyFile {
+                path: path.into(),
+                read: Mutex::new((stamp, keys)),
+            })
+        }
+
+        /// The keys of the file as it is now, or else as it was when it could be used.
+        fn keys(&self) -> Arc<Vec<Key>> {
+            let mut read = lock(&self.read);
+            let now = stamp(&self.path);
+            if now != read.0 {
+                read.0 = now;
+                match read_set(&self.path) {
+                    Ok(keys) => {
+                        info!("read keys file={:?} count={}", self.path, keys.len());
+                        read.1 = Arc::new(keys);
+                    }
+                    Err(e) => warn!("could not read keys, going on with the old ones error={e:?}"),
+                }
+            }
+            read.1.clone()
+        }
+    }
+
+    fn stamp(path: &Path) -> Option<Stamp> {
+        let of = |file: Metadata| (file.ino(), file.len(), file.modified().ok());
+        fs::metadata(path).ok().map(of)
+    }
+
+    fn read_set(path: &Path) -> Result<Vec<Key>, String> {
+        let failed = |e: &dyn fmt::Display| format!("auth.jwks_files: {}: {e}", path.display());
+        let text = fs::read_to_string(path).map_err(|e| failed(&e))?;
+        let set = util::parse_json(text.as_bytes()).map_err(|e| failed(&e))?;
+        parse_set(&set).map_err(|e| failed(&e))
+    }
+}
+
+/// May they: a verified identity against the rules. Pure: touches nothing. Promises that whoever
+/// matches nothing gets nothing.
+mod policy {
+    use crate::config::Rule;
+    use crate::http::Answer;
+    use crate::oidc::{Claims, Identity};
+    use crate::util::quoted;
+    use serde_json::Value;
+
+    /// Claims that tell an operator whose job it was, where a token has them.
+    const LOGGED_CLAIMS: [&str; 8] = [
+        "sub",
+        "repository",
+        "ref",
+        "event_name",
+        "actor",
+        "run_id",
+        "project_path",
+        "pipeline_id",
+    ];
+
+    /// What a caller may have.
+    pub struct Grant<'a> {
+        /// The index of the rule that lets it in.
+        pub rule: usize,
+        /// For nix-daemon.
+        pub arguments: &'a [String],
+        /// For the log: `rule="…" sub="…" …`, every value escaped.
+        pub description: String,
+    }
+
+    /// What the first rule that matches grants. Answers 403 if none does, with what does not fit
+    /// the nearest one.
+    pub fn authorize<'a>(rules: &'a [Rule], identity: &Identity) -> Result<Grant<'a>, Answer> {
+        let mut nearest: Option<Vec<&str>> = None;
+        for (index, rule) in rules.iter().enumerate() {
+            if rule.issuer != identity.issuer || !identity.audiences.contains(&rule.audience) {
+                continue;
+            }
+
+            let misfits = misfits(rule, &identity.claims);
+            if misfits.is_empty() {
+                let description = describe(rule, &identity.claims);
+                return Ok(Grant {
+                    rule: index,
+                    arguments: &rule.extra_args,
+                    description,
+                });
+            }
+            if nearest
+                .as_ref()
+                .is_none_or(|nearest| misfits.len() < nearest.len())
+            {
+                nearest = Some(misfits);
+            }
+        }
+
+        let why = match nearest.as_deref() {
+            Some([name, ..]) => match identity.claims.get(*name) {
+                Some(value) => format!("{name} is {}", quoted(&text(value).unwrap_or_default())),
+                None => format!("{name} is missing"),
+            },
+            _ => "none is for its issuer and audience".into(),
+        };
+        Err(Answer::new(
+            403,
+            &[],
+            &format!("the token is valid, but no rule allows it: {why}"),
+        ))
+    }
+
+    fn describe(rule: &Rule, claims: &Claims) -> String {
+        let mut description = format!("rule={}", quoted(&rule.name));
+        for name in LOGGED_CLAIMS {
+            if let Some(value) = claims.get(name).and_then(text) {
+                description += &format!(" {name}={}", quoted(&value));
+            }
+        }
+        description
+    }
+
+    /// The claims that a rule binds to something else.
+    fn misfits<'a>(rule: &'a Rule, claims: &Claims) -> Vec<&'a str> {
+        let bound = rule.bound_claims.iter();
+        let misfits = bound.filter(|(name, patterns)| !fits(rule, patterns, claims.get(*name)));
+        misfits.map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Whether one of the claim's values, or the only one, matches one of the patterns.
+    fn fits(rule: &Rule, patterns: &[String], claim: Option<&Value>) -> bool {
+        let values = match claim {
+            Some(Value::Array(several)) => several.as_slice(),
+            one => one.map_or(&[][..], std::slice::from_ref),
+        };
+        values.iter().filter_map(text).any(|value| {
+            patterns.iter().any(|pattern| {
+                if rule.ignores_case {
+                    matches(&pattern.to_ascii_lowercase(), &value.to_ascii_lowercase())
+                } else {
+                    matches(pattern, &value)
+                }
+            })
+        })
+    }
+
+    /// A string; a number or a boolean as JSON prints it; nothing else.
+    fn text(value: &Value) -> Option<String> {
+        match value {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
+            _ => None,
+        }
+    }
+
+    /// `**` stands for any run of characters, `*` for one without `/`, all else for itself.
+    fn matches(pattern: &str, text: &str) -> bool {
+        let text = text.as_bytes();
+        // Whether the pattern so far matches so much of the text, for each length.
+        let mut reached = vec![false; text.len() + 1];
+        reached[0] = true;
+
+        let mut rest = pattern.as_bytes();
+        while let [first, after @ ..] = rest {
+            rest = after;
+            if *first != b'*' {
+                for at in (0..text.len()).rev() {
+                    reached[at + 1] = reached[at] && text[at] == *first;
+                }
+                reached[0] = false;
+                continue;
+            }
+
+            let crosses = rest.first() == Some(&b'*');
+            rest = if crosses { &rest[1..] } else { rest };
+            for at in 0..text.len() {
+                reached[at + 1] |= reached[at] && (crosses || text[at] != b'/');
+            }
+        }
+        reached[text.len()]
+    }
+}
+
+/// nix-daemon on one side, the WebSocket on the other, and how it ends. Owns the child. Promises
+/// that each session ends in one way, from which log and Close are made, and that by then the
+/// child is reaped and its process group gone.
+mod session {
+    use crate::config::Config;
+    use crate::copy::{End, Keepalive, Link, Pipes, Wire};
+    use crate::http::Answer;
+    use crate::metrics::{self, Reason};
+    use crate::poll::{self, Event};
+    use crate::util::{quoted, secs, without_escapes};
+    use log::{info, warn};
+    use rustix::event::{PollFd, PollFlags};
+    use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+    use std::io::{self, Read};
+    use std::net::TcpStream;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::os::unix::process::{CommandExt, ExitStatusExt};
+    use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+    use std::sync::Arc;
+    use std::sync::atomic::Ordering::Relaxed;
+    use std::time::{Duration, Instant};
+    use std::{env, mem};
+    use tungstenite::protocol::Role;
+    use tungstenite::protocol::frame::coding::CloseCode;
+
+    /// For the input pipes of all sessions. An unprivileged user whose pipes hold more than 64
+    /// MiB is given tiny ones from then on (pipe(7)), and an output pipe is a quarter of an
+    /// input pipe, which gains less from more.
+    const PIPES_BYTES: u32 = 40 << 20;
+    const SMALLEST_PIPE_LOG2: u32 = 18;
+    const LARGEST_PIPE_LOG2: u32 = 20;
+    /// Of the child's standard error, in a line of the log. A longer one becomes several.
+    const MAX_LINE_BYTES: usize = 4 << 10;
+    /// The client has so long to take a Close, and again to end the connection after it.
+    const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+    /// What of our environment nix-daemon needs, and gets: names, and what others begin with.
+    const KEPT_VARIABLES: [&str; 15] = [
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "LANG",
+        "LOCALE_ARCHIVE",
+        "TZ",
+        "TMPDIR",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "no_proxy",
+    ];
+    const KEPT_PREFIXES: [&str; 4] = ["LC_", "XDG_", "GC_", "NIX_"];
+    const OWN_PREFIX: &str = "NIX_RELAY_";
+
+    /// What a child hears whose session is over. Its standard input is closed by then: that
+    /// makes nix-daemon cancel its builds and let go of its locks.
+    struct TerminationStep {
+        wait: Duration,
+        then: Signal,
+    }
+
+    /// The last one is repeated: only the kernel can delay what it does.
+    const TERMINATION_STEPS: [TerminationStep; 2] = [
+        TerminationStep {
+            wait: Duration::from_secs(10),
+            then: Signal::TERM,
+        },
+        TerminationStep {
+            wait: Duration::from_secs(5),
+            then: Signal::KILL,
+        },
+    ];
+
+    /// A session that is to begin.
+    pub struct Opening {
+        pub number: u64,
+        /// Who the client is, for the log.
+        pub client: String,
+        /// The 101.
+        pub upgrade: Vec<u8>,
+        /// What came behind the request.
+        pub rest: Vec<u8>,
+    }
+
+    /// Carries bytes until the session is over; then ends both sides, and logs how that went.
+    /// Fails, with nothing sent, if there are no threads or descriptors.
+    pub fn run(
+        config: &Config,
+        opening: Opening,
+        socket: &Arc<TcpStream>,
+        mut daemon: Daemon,
+        closing: &Event,
+    ) -> io::Result<()> {
+        let start = Instant::now();
+        let number = opening.number;
+        let keepalive = Keepalive::new(socket, config.server.keepalive_secs)?;
+        let link = Link::new(Wire::new(socket.clone(), None)?, Role::Server)?;
+        let supervisor = Supervisor {
+            number,
+            link: &link,
+            keepalive,
+            deadline: start + secs(config.daemon.timeout_secs),
+            closing,
+        };
+
+        let pipes = Pipes {
+            source: daemon.stdout.as_fd(),
+            source_ended: Some(daemon.exited.as_fd()),
+            sink: daemon.stdin.as_fd(),
+        };
+        link.run(&opening.upgrade, opening.rest, &pipes, || {
+            info!("session opened session={number} {}", opening.client);
+            metrics::SESSIONS_ACTIVE.add(1);
+            supervisor.run(&daemon.exited, &mut daemon.process);
+        })?;
+
+        let ending = Ending::of(link.end());
+        let (fate, detail) = end_both_sides(&link, &ending, daemon, number);
+        metrics::SESSIONS_ACTIVE.sub(1);
+        metrics::add_session(ending.reason, start.elapsed());
+        info!(
+            "session ended session={number} reason={} detail={} secs={:.3} bytes_in={} \
+             bytes_out={} exit={:?}",
+            ending.reason.name(),
+            quoted(&detail),
+            start.elapsed().as_secs_f64(),
+            link.received.load(Relaxed),
+            link.sent.load(Relaxed),
+            fate.description,
+        );
+        Ok(())
+    }
+
+    /// Closes the child's input and output, says why to the client if it can hear it, and sees
+    /// to it that the child ends. Returns how that ended, and the detail for the log. A child
+    /// that ended by itself comes first: how it did is what the client is told.
+    fn end_both_sides(link: &Link, ending: &Ending, daemon: Daemon, number: u64) -> (Fate, String) {
+        let Daemon {
+            stdin,
+            stdout,
+            exited,
+            mut process,
+        } = daemon;
+        drop((stdin, stdout));
+
+        if ending.reason != Reason::DaemonExited {
+            if ending.reason != Reason::ClientGone {
+                link.close(ending.code, &ending.detail, CLOSE_TIMEOUT);
+            }
+            return (process.terminate(&exited, number), ending.detail.clone());
+        }
+
+        let fate = process.terminate(&exited, number);
+        let (code, detail) = if fate.success {
+            (CloseCode::Normal, String::new())
+        } else {
+            let reason = Some(&*process.stderr.last_line).filter(|line| !line.is_empty());
+            let reason = reason.unwrap_or("it gave no reason");
+            (CloseCode::Error, format!("{}: {reason}", fate.description))
+        };
+        link.close(Some(code), &detail, CLOSE_TIMEOUT);
+        (fate, detail)
+    }
+
+    /// How a session ended: for the log, the metrics and the client's Close.
+    struct Ending {
+        reason: Reason,
+        /// RFC 6455, section 7.4.1. None where the client named none, either.
+        code: Option<CloseCode>,
+        detail: String,
+    }
+
+    impl Ending {
+        fn of(end: Option<&End>) -> Ending {
+            let new = |reason, code, detail: &str| Ending {
+                reason,
+                code,
+                detail: detail.into(),
+            };
+            match end {
+                Some(End::Closed(frame)) => new(
+                    Reason::ClientClosed,
+                    frame.as_ref().map(|frame| frame.code),
+                    "",
+                ),
+                Some(End::Gone(how)) => new(Reason::ClientGone, None, how),
+                Some(End::Violation(code, what)) => new(Reason::ProtocolError, Some(*code), what),
+                Some(End::SourceEnded) => new(Reason::DaemonExited, None, ""),
+                Some(End::TimedOut) => {
+                    let detail = "the session reached daemon.timeout_secs";
+                    new(Reason::TimedOut, Some(CloseCode::Policy), detail)
+                }
+                Some(End::ShuttingDown) => new(
+                    Reason::ShuttingDown,
+                    Some(CloseCode::Away),
+                    "the relay is shutting down",
+                ),
+                Some(End::SinkClosed | End::Failed) | None => new(
+                    Reason::RelayFailed,
+                    Some(CloseCode::Error),
+                    "the relay failed; its log has the cause",
+                ),
+            }
+        }
+    }
+
+    /// What the thread that owns the connection does while two others copy.
+    struct Supervisor<'a> {
+        number: u64,
+        link: &'a Link,
+        keepalive: Keepalive,
+        deadline: Instant,
+        closing: &'a Event,
+    }
+
+    impl Supervisor<'_> {
+        /// Until the session is over.
+        fn run(mut self, exited: &OwnedFd, process: &mut Process) {
+            let mut is_running = true;
+            while self.link.end().is_none() {
+                let check = self.keepalive.check(self.link);
+                let until = check.map_or(self.deadline, |check| check.min(self.deadline));
                 let fds = [
-                    poll::on(&self.exit, PollFlags::IN),
-                    poll::on(&self.child.stderr, PollFlags::IN),
+                    Some(self.link.over()),
+                    Some(self.closing.poll_fd()),
+                    process.stderr.poll_fd(),
+                    is_running.then(|| PollFd::new(exited, PollFlags::IN)),
                 ];
-                let [exit, stderr] = poll::ready(fds, until);
+                let [_, closing, stderr, exit] = poll::ready(fds, Some(until));
+
                 if !stderr.is_empty() {
-                    self.log_stderr(session);
+                    process.stderr.log(self.number);
+                }
+                if !exit.is_empty() {
+                    is_running = false;
+                    // What it started and left behind could go on writing for ever.
+                    process.kill_group();
+                }
+                if !closing.is_empty() {
+                    self.link.finish(End::ShuttingDown);
+                } else if Instant::now() >= self.deadline {
+                    self.link.finish(End::TimedOut);
+                }
+            }
+        }
+    }
+
+    /// A running child, leader of a process group of its own.
+    pub struct Daemon {
+        stdin: ChildStdin,
+        stdout: ChildStdout,
+        /// Readable once it has exited.
+        exited: OwnedFd,
+        process: Process,
+    }
+
+    impl Daemon {
+        /// Answers 502 if the program cannot be run.
+        pub fn spawn(config: &Config, arguments: &[String]) -> Result<Daemon, Answer> {
+            let program = &config.daemon.nix_daemon_path;
+            Daemon::try_spawn(config, arguments).map_err(|e| {
+                let line = "nix-daemon does not start; the relay's log has the cause";
+                Answer::new(502, &[], line).because(format!("{program}: {e}"))
+            })
+        }
+
+        fn try_spawn(config: &Config, arguments: &[String]) -> io::Result<Daemon> {
+            let mut command = Command::new(&*config.daemon.nix_daemon_path);
+            command.args(arguments).current_dir("/").process_group(0);
+            command
+                .env_clear()
+                .envs(env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_kept)));
+            command
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
+
+            let mut child = command.spawn()?;
+            let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+            // From here on, whatever fails, it is killed and reaped.
+            let mut process = Process {
+                child,
+                stderr: Stderr::default(),
+            };
+            let (Some(stdin), Some(stdout), Some(stderr)) = pipes else {
+                return Err(io::Error::other("no pipes"));
+            };
+            process.stderr.pipe = Some(stderr);
+
+            rustix::io::ioctl_fionbio(&stdin, true)?;
+            rustix::io::ioctl_fionbio(&stdout, true)?;
+            let share = (PIPES_BYTES / config.daemon.max_connections).max(1).ilog2();
+            let size = 1 << share.clamp(SMALLEST_PIPE_LOG2, LARGEST_PIPE_LOG2);
+            // May be refused to an unprivileged user. Smaller pipes do, too.
+            let _ = rustix::pipe::fcntl_setpipe_size(&stdin, size);
+            let _ = rustix::pipe::fcntl_setpipe_size(&stdout, size / 4);
+            let exited = pidfd_open(Pid::from_child(&process.child), PidfdFlags::empty())?;
+            Ok(Daemon {
+                stdin,
+                stdout,
+                exited,
+                process,
+            })
+        }
+    }
+
+    /// Whether nix-daemon gets a variable of this name. Those of proxies come in both cases.
+    fn is_kept(name: &str) -> bool {
+        let kept = KEPT_VARIABLES.contains(&name)
+            || KEPT_VARIABLES.contains(&&*name.to_ascii_lowercase())
+            || KEPT_PREFIXES.iter().any(|prefix| name.starts_with(prefix));
+        kept && !name.starts_with(OWN_PREFIX)
+    }
+
+    /// A child's process and what it says. Dropped, it is killed and reaped.
+    struct Process {
+        child: Child,
+        stderr: Stderr,
+    }
+
+    /// How a child ended.
+    struct Fate {
+        success: bool,
+        description: String,
+    }
+
+    impl Process {
+        fn kill_group(&self) {
+            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        }
+
+        /// Sees to it that the child ends, and its group.
+        fn terminate(&mut self, exited: &OwnedFd, number: u64) -> Fate {
+            let last = &TERMINATION_STEPS[TERMINATION_STEPS.len() - 1];
+            for step in TERMINATION_STEPS.iter().chain(std::iter::repeat(last)) {
+                if self.exits(exited, number, Instant::now() + step.wait) {
+                    break;
+                }
+                let signal = step.then.as_raw();
+                warn!("nix-daemon outlives its session session={number} signal={signal}");
+                let _ = kill_process_group(Pid::from_child(&self.child), step.then);
+            }
+
+            self.stderr.end_line(number);
+            // Before the child is reaped: after that, another group may have its number.
+            self.kill_group();
+            match self.child.wait() {
+                Ok(status) => Fate {
+                    success: status.success(),
+                    description: match (status.code(), status.signal()) {
+                        (Some(code), _) => format!("nix-daemon exited with status {code}"),
+                        (None, signal) => {
+                            format!(
+                                "nix-daemon was killed by signal {}",
+                                signal.unwrap_or_default()
+                            )
+                        }
+                    },
+                },
+                Err(e) => Fate {
+                    success: false,
+                    description: format!("nix-daemon is lost: {e}"),
+                },
+            }
+        }
+
+        /// Whether it exits in time; if so, with all that it says before that in the log, as far
+        /// as there is time.
+        fn exits(&mut self, exited: &OwnedFd, number: u64, until: Instant) -> bool {
+            loop {
+                let exited = PollFd::new(exited, PollFlags::IN);
+                let [exit, stderr] =
+                    poll::ready([Some(exited), self.stderr.poll_fd()], Some(until));
+                if !stderr.is_empty() {
+                    self.stderr.log(number);
                 }
                 if Instant::now() >= until || stderr.is_empty() && !exit.is_empty() {
                     return !exit.is_empty();
                 }
             }
         }
-
-        /// Sees to it that the child ends, and its group; says whether all was well, and how it did.
-        fn end(&mut self, session: u64) -> (bool, String) {
-            (self.child.stdin, self.child.stdout) = (None, None);
-            for (wait, signal) in LADDER.into_iter().chain(iter::repeat(LADDER[1])) {
-                if self.exits(session, Instant::now() + secs(wait)) {
-                    break;
-                }
-                warn!(
-                    "nix-daemon outlives its session session={session} signal={}",
-                    signal.as_raw()
-                );
-                let _ = kill_process_group(Pid::from_child(&self.child), signal);
-            }
-            self.end_line(session);
-            // Before the child is reaped: after that, another group may have the number.
-            let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
-            match self
-                .child
-                .wait()
-                .map(|status| status.code().ok_or(status.signal().unwrap_or_default()))
-            {
-                Ok(Ok(code)) => (code == 0, format!("nix-daemon exited with status {code}")),
-                Ok(Err(signal)) => (false, format!("nix-daemon was killed by signal {signal}")),
-                Err(e) => (false, format!("nix-daemon is lost: {e}")),
-            }
-        }
     }
 
-    impl Drop for Daemon {
+    impl Drop for Process {
         fn drop(&mut self) {
             if let Ok(None) = self.child.try_wait() {
-                let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+                self.kill_group();
                 let _ = self.child.wait();
             }
         }
     }
 
-    /// The connection, which never blocks. Where writing fails for good, the next poll says that it is broken.
-    struct Wire {
-        socket: Arc<TcpStream>,
-        /// What could not be sent yet, and how much of the child's output still belongs to the frame that it ends with:
-        /// that goes from pipe to socket without a copy.
-        unsent: Vec<u8>,
-        owed: usize,
+    /// A child's standard error, on its way to the log.
+    #[derive(Default)]
+    struct Stderr {
+        pipe: Option<ChildStderr>,
+        /// The line that is not whole yet, and whether its beginning was logged because it is
+        /// too long.
+        line: Vec<u8>,
+        is_continued: bool,
+        /// The beginning of the last one with words in it, without terminal escapes.
+        last_line: String,
     }
 
-    impl Wire {
-        fn is_idle(&self) -> bool {
-            self.unsent.is_empty() && self.owed == 0
+    impl Stderr {
+        fn poll_fd(&self) -> Option<PollFd<'_>> {
+            self.pipe
+                .as_ref()
+                .map(|pipe| PollFd::new(pipe, PollFlags::IN))
         }
 
-        /// Sends as much as the socket takes at once.
-        fn send(&mut self, stdout: &Option<ChildStdout>) {
-            if !self.unsent.is_empty() {
-                let more = if self.owed > 0 {
-                    SendFlags::MORE
-                } else {
-                    SendFlags::empty()
-                };
-                self.unsent
-                    .drain(..send(&self.socket, &self.unsent, more).unwrap_or(0));
+        /// Reads what there is, and logs each line that is whole.
+        fn log(&mut self, number: u64) {
+            let mut chunk = [0; MAX_LINE_BYTES];
+            let length = self
+                .pipe
+                .as_mut()
+                .map_or(0, |pipe| pipe.read(&mut chunk).unwrap_or(0));
+            if length == 0 {
+                self.pipe = None;
             }
-            if let (true, 1.., Some(stdout)) = (self.unsent.is_empty(), self.owed, stdout) {
-                match splice(
-                    stdout,
-                    None,
-                    &self.socket,
-                    None,
-                    self.owed,
-                    SpliceFlags::empty(),
-                ) {
-                    Ok(sent @ 1..) => self.owed -= sent,
-                    Err(Errno::AGAIN | Errno::INTR) => {}
-                    _ => drop(self.socket.shutdown(Shutdown::Both)),
+
+            for &byte in &chunk[..length] {
+                if byte == b'\n' {
+                    self.end_line(number);
+                    self.is_continued = false;
+                    continue;
+                }
+                self.line.push(byte);
+                if self.line.len() == MAX_LINE_BYTES {
+                    self.end_line(number);
+                    self.is_continued = true;
                 }
             }
         }
 
-        /// Sends all of it, if the client takes it in time.
-        fn finish(&mut self, stdout: &Option<ChildStdout>, until: Instant) {
-            let mut broken = false;
-            while !self.is_idle() && !broken && Instant::now() < until {
-                let [ready] = poll::ready([Some(PollFd::new(&self.socket, PollFlags::OUT))], until);
-                broken = ready.intersects(BROKEN);
-                self.send(stdout);
+        fn end_line(&mut self, number: u64) {
+            let line = mem::take(&mut self.line);
+            let line = without_escapes(&String::from_utf8_lossy(&line));
+            if !line.trim().is_empty() {
+                info!("nix-daemon says session={number} line={line:?}");
+            }
+            if line.contains(char::is_alphanumeric) && !self.is_continued {
+                self.last_line = line.trim().into();
+            }
+        }
+    }
+}
+
+/// The two directions between a WebSocket and a pair of pipes: `inward` reads messages and
+/// writes their payload to a pipe, `outward` reads a pipe and sends what it finds as binary
+/// messages. Each is a thread's whole life; the thread that starts them supervises. Promises
+/// that reading never waits for writing, that no lock is held while anything waits, that the
+/// first reason to end is the only one, and that both threads are gone when `run` returns.
+mod copy {
+    use crate::metrics;
+    use crate::poll::{self, Event};
+    use crate::util::lock;
+    use rustix::event::{PollFd, PollFlags};
+    use rustix::io::Errno;
+    use std::io::{self, ErrorKind, Read, Write};
+    use std::net::TcpStream;
+    use std::os::fd::BorrowedFd;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+    use std::sync::{Arc, Mutex, OnceLock};
+    use std::thread;
+    use std::time::{Duration, Instant};
+    use tungstenite::error::{CapacityError, Error, ProtocolError};
+    use tungstenite::protocol::frame::coding::CloseCode;
+    use tungstenite::protocol::{CloseFrame, Role, WebSocket, WebSocketConfig};
+    use tungstenite::{Bytes, Message};
+
+    /// Of a pipe, for one message.
+    const CHUNK_BYTES: usize = 64 << 10;
+    /// At a time, from the peer: tungstenite clears as much memory before each read.
+    const READ_BYTES: usize = 64 << 10;
+    /// A larger message from the peer ends the session.
+    const MAX_MESSAGE_BYTES: usize = 4 << 20;
+    /// Pongs that may wait behind a message; with more, the last one alone is kept (RFC 6455,
+    /// section 5.5.3).
+    const MAX_PONG_BYTES: usize = 4 << 10;
+    /// RFC 6455, section 5.5: a control frame holds 125 bytes, two of which are the code of a
+    /// Close.
+    const MAX_REASON_BYTES: usize = 123;
+    /// So many keepalive intervals without a sign of life, and the peer counts as gone.
+    const KEEPALIVES: u32 = 3;
+    const BROKEN: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
+
+    /// Why a session ended.
+    pub enum End {
+        /// The peer sent a Close: its code and reason, if it has them.
+        Closed(Option<CloseFrame>),
+        /// The peer does not answer any more, or its connection broke: how.
+        Gone(String),
+        /// The peer sent what it may not: the code for its Close (RFC 6455, section 7.4.1), and
+        /// what it was.
+        Violation(CloseCode, String),
+        /// The pipe that `outward` reads has ended, and the peer's socket has taken all that
+        /// came from it.
+        SourceEnded,
+        /// Nobody reads the pipe that `inward` writes.
+        SinkClosed,
+        /// The supervisor ended it.
+        TimedOut,
+        ShuttingDown,
+        /// One of the threads panicked.
+        Failed,
+    }
+
+    /// The connection that both halves of a WebSocket share. It does not block.
+    pub struct Wire {
+        socket: Arc<TcpStream>,
+        tls: Option<Mutex<rustls::ClientConnection>>,
+        start: Instant,
+        /// When bytes last came from the peer, and when the socket last took some: milliseconds
+        /// since `start`.
+        heard: AtomicU64,
+        taken: AtomicU64,
+    }
+
+    impl Wire {
+        /// A connection, with TLS over it if `tls` is its state after the handshake.
+        pub fn new(
+            socket: Arc<TcpStream>,
+            tls: Option<rustls::ClientConnection>,
+        ) -> io::Result<Wire> {
+            socket.set_nonblocking(true)?;
+            Ok(Wire {
+                socket,
+                tls: tls.map(Mutex::new),
+                start: Instant::now(),
+                heard: AtomicU64::new(0),
+                taken: AtomicU64::new(0),
+            })
+        }
+
+        fn note(&self, moment: &AtomicU64) {
+            moment.store(self.start.elapsed().as_millis() as u64, Relaxed);
+        }
+
+        fn since(&self, moment: &AtomicU64) -> Instant {
+            self.start + Duration::from_millis(moment.load(Relaxed))
+        }
+
+        fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+            let length = match &self.tls {
+                None => (&*self.socket).read(buffer)?,
+                Some(tls) => self.read_tls(&mut lock(tls), buffer)?,
+            };
+
+            self.note(&self.heard);
+            Ok(length)
+        }
+
+        fn read_tls(
+            &self,
+            tls: &mut rustls::ClientConnection,
+            buffer: &mut [u8],
+        ) -> io::Result<usize> {
+            loop {
+                match tls.reader().read(buffer) {
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                    done => return done,
+                }
+
+                tls.read_tls(&mut &*self.socket)?;
+                tls.process_new_packets().map_err(io::Error::other)?;
+            }
+        }
+
+        fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+            let Some(tls) = &self.tls else {
+                let length = (&*self.socket).write(bytes)?;
+                self.note(&self.taken);
+                return Ok(length);
+            };
+
+            // What rustls holds goes first; it then has room.
+            let mut tls = lock(tls);
+            self.send_tls(&mut tls)?;
+            let length = tls.writer().write(bytes)?;
+            match self.send_tls(&mut tls) {
+                Err(e) if e.kind() != ErrorKind::WouldBlock => Err(e),
+                _ => Ok(length),
+            }
+        }
+
+        fn send_tls(&self, tls: &mut rustls::ClientConnection) -> io::Result<()> {
+            while tls.wants_write() {
+                tls.write_tls(&mut &*self.socket)?;
+                self.note(&self.taken);
+            }
+            Ok(())
+        }
+
+        fn flush(&self) -> io::Result<()> {
+            match &self.tls {
+                None => Ok(()),
+                Some(tls) => self.send_tls(&mut lock(tls)),
             }
         }
     }
 
-    impl Read for Wire {
+    /// The half that reads. What tungstenite would answer by itself goes nowhere: the other half
+    /// answers.
+    struct Receiving(Arc<Wire>);
+
+    impl Read for Receiving {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            (&*self.socket).read(buffer)
+            self.0.read(buffer)
         }
     }
 
-    /// tungstenite pings and answers pings here, in whole frames, and keeps those that wait for the end of another.
-    impl Write for Wire {
-        fn write(&mut self, frame: &[u8]) -> io::Result<usize> {
-            if !self.is_idle() {
-                return Err(ErrorKind::WouldBlock.into());
-            }
-            self.unsent.extend_from_slice(frame);
-            self.send(&None);
-            Ok(frame.len())
+    impl Write for Receiving {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
         }
 
         fn flush(&mut self) -> io::Result<()> {
@@ -1174,722 +2295,1364 @@ mod session {
         }
     }
 
-    /// Why a session ended: a name, the code of the client's Close if it gets one (RFC 6455, section 7.4.1), details.
-    struct End(&'static str, Option<u16>, String);
+    /// The half that writes.
+    struct Sending(Arc<Wire>);
 
-    const EXITED: &str = "daemon-exited";
-    const BROKEN: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
-    const HUNG_UP: ProtocolError = ProtocolError::ResetWithoutClosingHandshake;
+    impl Write for Sending {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.write(bytes)
+        }
 
-    fn end(
-        name: &'static str,
-        code: impl Into<Option<u16>>,
-        detail: impl ToString,
-    ) -> Result<(), End> {
-        Err(End(name, code.into(), detail.to_string()))
+        fn flush(&mut self) -> io::Result<()> {
+            self.0.flush()
+        }
     }
 
-    /// One client and one child.
-    pub struct Session {
-        number: u64,
-        client: WebSocket<Wire>,
-        /// tungstenite may hold what it has read already, or what came behind the request.
-        buffered: bool,
-        daemon: Daemon,
-        /// What the client sent and the child has not taken yet.
-        input: Bytes,
-        keepalive: Duration,
-        /// When the client last gave a sign of life.
-        alive: Instant,
-        ping: Instant,
-        deadline: Instant,
-        bytes_in: u64,
-        bytes_out: u64,
+    impl Read for Sending {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(ErrorKind::Unsupported.into())
+        }
     }
 
-    impl Session {
-        /// `switching` is the 101, to be sent first, and `rest` what came behind the request.
-        #[rustfmt::skip]
-        pub fn new(
-            number: u64, config: &Config, socket: Arc<TcpStream>, (switching, rest): (Vec<u8>, Vec<u8>), daemon: Daemon,
-        ) -> io::Result<Session> {
-            let (now, timeout) = (Instant::now(), secs(config.timeout_secs));
-            // None at all is one that is as long as the session.
-            let keepalive = if config.keepalive_secs > 0 { secs(config.keepalive_secs) } else { timeout };
-            // For a peer that vanishes while nothing is read from it, in milliseconds.
-            let limit = (keepalive * KEEPALIVES).as_millis().min(i32::MAX as u128) as u32;
-            rustix::net::sockopt::set_tcp_user_timeout(&socket, limit)?;
-            socket.set_nonblocking(true)?;
-            let limits = WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(0);
-            let limits = limits.max_write_buffer_size(MAX_PONG_BYTES);
-            let limits = limits.max_message_size(Some(MAX_MESSAGE_BYTES)).max_frame_size(Some(MAX_MESSAGE_BYTES));
-            let (wire, buffered) = (Wire { socket, unsent: switching, owed: 0 }, !rest.is_empty());
-            let client = WebSocket::from_partially_read(wire, rest, Role::Server, Some(limits));
-            Ok(Session {
-                number, client, buffered, daemon, input: Bytes::new(), keepalive,
-                alive: now, ping: now + keepalive, deadline: now + timeout, bytes_in: 0, bytes_out: 0,
+    /// The pipes of a session. Neither blocks.
+    pub struct Pipes<'a> {
+        pub source: BorrowedFd<'a>,
+        /// Once this is readable, a source that holds nothing has ended.
+        pub source_ended: Option<BorrowedFd<'a>>,
+        pub sink: BorrowedFd<'a>,
+    }
+
+    /// What became of bytes for the peer.
+    enum Sent {
+        All,
+        /// The rest waits for a `flush`.
+        Partly,
+        Broken,
+    }
+
+    /// One WebSocket, and what its threads have in common.
+    pub struct Link {
+        wire: Arc<Wire>,
+        role: Role,
+        sending: Mutex<WebSocket<Sending>>,
+        /// Whether the socket has not taken all that was sent.
+        unsent: AtomicBool,
+        /// Whether `inward` waits for its pipe, and so hears nothing.
+        sink_is_full: AtomicBool,
+        end: OnceLock<End>,
+        over: Event,
+        /// Payload, in bytes.
+        pub received: AtomicU64,
+        pub sent: AtomicU64,
+    }
+
+    impl Link {
+        /// Fails without descriptors.
+        pub fn new(wire: Wire, role: Role) -> io::Result<Link> {
+            let wire = Arc::new(wire);
+            let config = WebSocketConfig::default()
+                .write_buffer_size(0)
+                .max_write_buffer_size(CHUNK_BYTES + MAX_PONG_BYTES);
+            let sending = WebSocket::from_raw_socket(Sending(wire.clone()), role, Some(config));
+
+            Ok(Link {
+                wire,
+                role,
+                sending: Mutex::new(sending),
+                unsent: AtomicBool::new(false),
+                sink_is_full: AtomicBool::new(false),
+                end: OnceLock::new(),
+                over: Event::new()?,
+                received: AtomicU64::new(0),
+                sent: AtomicU64::new(0),
             })
         }
 
-        /// Carries bytes until it is over, which `closing` can make it; then ends both sides, and logs how that went.
-        pub fn run(mut self, closing: BorrowedFd<'_>) {
-            let start = Instant::now();
-            admin::add("sessions_active", 1.0);
-            let End(reason, code, mut detail) = loop {
-                if let Err(end) = self.turn(closing) {
-                    break end;
-                }
-            };
-            self.daemon.child.stdin = None;
-            if reason != EXITED {
-                self.hang_up(code, &detail, CLOSE_TIMEOUT);
-            }
-            let (success, fate) = self.daemon.end(self.number);
-            if reason == EXITED {
-                detail = if success {
-                    detail
-                } else {
-                    format!("{fate}: {}", self.daemon.last_line)
+        /// Sends `head`, then copies both ways until the session is over, which `supervise`
+        /// waits for. `rest` is what came behind the peer's head. Fails, with nothing sent, if
+        /// there are no threads.
+        pub fn run(
+            &self,
+            head: &[u8],
+            rest: Vec<u8>,
+            pipes: &Pipes,
+            supervise: impl FnOnce(),
+        ) -> io::Result<()> {
+            let limits = WebSocketConfig::default()
+                .read_buffer_size(READ_BYTES)
+                .max_message_size(Some(MAX_MESSAGE_BYTES))
+                .max_frame_size(Some(MAX_MESSAGE_BYTES));
+            let wire = Receiving(self.wire.clone());
+            let has_rest = !rest.is_empty();
+            let receiving = WebSocket::from_partially_read(wire, rest, self.role, Some(limits));
+
+            thread::scope(|scope| {
+                let _guard = EndOnPanic(self);
+                let thread = |name: &str| thread::Builder::new().name(name.into());
+                // Nobody sends before the head is out, and that waits until both threads are there.
+                let mut sending = lock(&self.sending);
+                let inward = move || self.inward(receiving, has_rest, pipes.sink);
+                let inward = thread("inward").spawn_scoped(scope, inward)?;
+                let outward = move || self.outward(pipes.source, pipes.source_ended);
+                let outward = match thread("outward").spawn_scoped(scope, outward) {
+                    Ok(outward) => outward,
+                    Err(e) => {
+                        self.finish(End::Failed);
+                        return Err(e);
+                    }
                 };
-                self.hang_up(
-                    Some(if success { 1000 } else { 1011 }),
-                    &detail,
-                    DRAIN_TIMEOUT,
-                );
-            }
-            let (number, secs, detail) =
-                (self.number, start.elapsed().as_secs_f64(), shown(&detail));
-            let (bytes_in, bytes_out) = (self.bytes_in, self.bytes_out);
-            admin::add_session(reason, secs);
-            info!(
-                "session ended session={number} reason={reason} detail={detail} secs={secs:.3} \
-                 bytes_in={bytes_in} bytes_out={bytes_out} exit={fate:?}"
-            );
+                let _ = sending.get_mut().write_all(head);
+                drop(sending);
+
+                supervise();
+
+                // A panic has been reported by now, and the session is over all the same.
+                let _ = (inward.join(), outward.join());
+                Ok(())
+            })
         }
 
-        /// Waits for what happens next, and does what that asks for. Nothing else in here waits, so no direction does.
-        fn turn(&mut self, closing: BorrowedFd<'_>) -> Result<(), End> {
-            let (wire, daemon) = (self.client.get_ref(), &self.daemon);
-            // The child waits while the client has not taken this, and the client while the child has input to take.
-            let (full, listening) = (!wire.is_idle(), self.input.is_empty());
-            let mut wanted = PollFlags::empty();
-            wanted.set(PollFlags::IN, listening);
-            wanted.set(PollFlags::OUT, full);
-            let fds = [
-                Some(PollFd::new(&wire.socket, wanted)),
-                poll::on(&daemon.child.stdin, PollFlags::OUT).filter(|_| !listening),
-                poll::on(&daemon.child.stdout, PollFlags::IN).filter(|_| !full),
-                poll::on(&daemon.child.stderr, PollFlags::IN),
-                poll::on(&daemon.exit, PollFlags::IN).filter(|_| !full),
-                Some(PollFd::new(&closing, PollFlags::IN)),
-            ];
-            let silence = self.alive + self.keepalive * KEEPALIVES;
-            let until = if listening && self.buffered {
-                self.alive
-            } else {
-                self.deadline.min(self.ping).min(silence)
-            };
-            let [client, stdin, stdout, stderr, exit, closing] = poll::ready(fds, until);
-            let broken = client.intersects(BROKEN);
+        /// Ends the session, unless something else has.
+        pub fn finish(&self, end: End) {
+            if self.end.set(end).is_ok() {
+                self.over.set();
+            }
+        }
 
-            if client.contains(PollFlags::OUT) {
-                self.client.get_mut().send(&self.daemon.child.stdout);
-                // A pong may have waited for that.
-                let _ = self.client.flush();
-            }
-            if !stdin.is_empty() {
-                self.daemon.feed(&mut self.input);
-            }
-            if !stderr.is_empty() {
-                self.daemon.log_stderr(self.number);
-            }
-            if !stdout.is_empty() || !exit.is_empty() {
-                let (stdout, wire) = (&mut self.daemon.child.stdout, self.client.get_mut());
-                let length = stdout
-                    .as_ref()
-                    .map_or(0, |stdout| ioctl_fionread(stdout).unwrap_or(0));
-                // It has closed its output, or exited with nothing left in there.
-                if length == 0 {
-                    return end(EXITED, None, "");
+        /// How the session ended, if it has.
+        pub fn end(&self) -> Option<&End> {
+            self.end.get()
+        }
+
+        /// What becomes readable when the session is over.
+        pub fn over(&self) -> PollFd<'_> {
+            self.over.poll_fd()
+        }
+
+        /// WebSocket → pipe.
+        fn inward(&self, mut peer: WebSocket<Receiving>, has_rest: bool, sink: BorrowedFd) {
+            let _guard = EndOnPanic(self);
+            // A read clears memory: an idle session is not to have any.
+            let mut wait = !has_rest;
+            let mut owes_pong = false;
+
+            while self.end.get().is_none() {
+                if wait {
+                    self.await_message(&mut owes_pong);
                 }
-                self.bytes_out += length;
-                admin::add("bytes_total{direction=\"out\"}", length as f64);
-                let frame = FrameHeader {
-                    opcode: OpCode::Data(Data::Binary),
-                    ..FrameHeader::default()
-                };
-                let _ = frame.format(length, &mut wire.unsent);
-                match stdout {
-                    Some(stdout) if length < MIN_SPLICE_BYTES => {
-                        let _ = stdout.by_ref().take(length).read_to_end(&mut wire.unsent);
+
+                let message = peer.read();
+                wait = message.is_err();
+                let done = match message {
+                    Ok(Message::Binary(payload)) => self.deliver(&payload, sink),
+                    Ok(Message::Ping(payload)) => {
+                        owes_pong |= !self.send_control(Message::Pong(payload));
+                        Ok(())
                     }
-                    _ => wire.owed = length as usize,
+                    Ok(Message::Text(_)) => {
+                        let what = "only binary messages carry data".into();
+                        Err(End::Violation(CloseCode::Unsupported, what))
+                    }
+                    Ok(Message::Close(frame)) => Err(End::Closed(frame)),
+                    Ok(_) => Ok(()),
+                    Err(e) => failed_read(e),
+                };
+                if let Err(end) = done {
+                    self.finish(end);
                 }
-                wire.send(stdout);
             }
-            if listening && (self.buffered || broken || client.contains(PollFlags::IN)) {
-                self.receive()?;
-            } else if broken {
-                return end("client-gone", None, "the connection broke");
+        }
+
+        /// Waits for more from the peer, and meanwhile sends the pong that did not go out.
+        fn await_message(&self, owes_pong: &mut bool) {
+            let mut events = PollFlags::IN;
+            events.set(PollFlags::OUT, *owes_pong);
+            let socket = PollFd::new(&self.wire.socket, events);
+
+            let [socket, _] = poll::ready([Some(socket), Some(self.over())], None);
+            if socket.contains(PollFlags::OUT) {
+                *owes_pong = !matches!(self.attempt(WebSocket::flush), Sent::All);
             }
-            let now = Instant::now();
-            // It takes what is unsent; or it sends, if nothing was; or it may not send, and that is our doing.
-            let sends =
-                client.contains(PollFlags::IN) || !listening || !self.client.get_ref().is_idle();
-            if client.contains(PollFlags::OUT) || !full && sends {
-                self.alive = now;
-            }
-            if !closing.is_empty() {
-                return end("shutting-down", 1001, "the relay is shutting down");
-            } else if now >= self.deadline {
-                return end("timed-out", 1008, "daemon.timeout_secs are over");
-            } else if now >= self.alive + self.keepalive * KEEPALIVES {
-                return end(
-                    "client-gone",
-                    None,
-                    "it gave no sign of life for three keepalives",
-                );
-            } else if now >= self.ping {
-                self.ping = now + self.keepalive;
-                let _ = self.client.send(Message::Ping(Bytes::new()));
+        }
+
+        /// Writes a message's payload to the pipe. A child that reads no more may still have
+        /// something to say, so what it does not take is dropped; a client without a reader is
+        /// of no use.
+        fn deliver(&self, mut payload: &[u8], sink: BorrowedFd) -> Result<(), End> {
+            self.received.fetch_add(payload.len() as u64, Relaxed);
+            metrics::BYTES_IN.add(payload.len() as u64);
+
+            while !payload.is_empty() && self.end.get().is_none() {
+                match rustix::io::write(sink, payload) {
+                    Ok(length) => payload = &payload[length..],
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) => self.await_sink(sink)?,
+                    Err(_) if self.role == Role::Server => return Ok(()),
+                    Err(_) => return Err(End::SinkClosed),
+                }
             }
             Ok(())
         }
 
-        fn receive(&mut self) -> Result<(), End> {
-            let message = self.client.read();
-            self.buffered = message.is_ok();
-            match message {
-                Ok(Message::Binary(payload)) => {
-                    self.bytes_in += payload.len() as u64;
-                    admin::add("bytes_total{direction=\"in\"}", payload.len() as f64);
-                    self.input = payload;
-                    self.daemon.feed(&mut self.input);
-                    Ok(())
+        /// Waits until the pipe takes more. Fails if the connection breaks meanwhile.
+        fn await_sink(&self, sink: BorrowedFd) -> Result<(), End> {
+            let sink = PollFd::from_borrowed_fd(sink, PollFlags::OUT);
+            let socket = PollFd::new(&self.wire.socket, PollFlags::empty());
+
+            self.sink_is_full.store(true, Relaxed);
+            let [_, socket, _] = poll::ready([Some(sink), Some(socket), Some(self.over())], None);
+            // It was not the peer's fault that nothing was heard.
+            self.wire.note(&self.wire.heard);
+            self.sink_is_full.store(false, Relaxed);
+
+            if socket.intersects(BROKEN) {
+                return Err(End::Gone("the connection broke".into()));
+            }
+            Ok(())
+        }
+
+        /// Pipe → WebSocket.
+        fn outward(&self, source: BorrowedFd, source_ended: Option<BorrowedFd>) {
+            let _guard = EndOnPanic(self);
+            let mut ended = false;
+
+            while self.end.get().is_none() {
+                let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+                match rustix::io::read(source, rustix::buffer::spare_capacity(&mut chunk)) {
+                    Ok(1..) => {
+                        if !self.send(chunk) {
+                            // The peer takes no more: `inward` finds out why.
+                            return;
+                        }
+                    }
+                    Err(Errno::INTR) => {}
+                    Err(Errno::AGAIN) if !ended => {
+                        let source = PollFd::from_borrowed_fd(source, PollFlags::IN);
+                        let on_end = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+                        let fds = [Some(source), source_ended.map(on_end), Some(self.over())];
+                        let [_, end, _] = poll::ready(fds, None);
+                        // It may have said something before that: one more look.
+                        ended = !end.is_empty();
+                    }
+                    _ => self.finish(End::SourceEnded),
                 }
-                Ok(Message::Text(_)) => {
-                    end("protocol-error", 1003, "only binary messages carry data")
-                }
-                Ok(Message::Close(close)) => {
-                    end("client-closed", close.map(|close| close.code.into()), "")
-                }
-                Ok(_) => Ok(()),
-                Err(Error::Io(e)) if e.kind() == ErrorKind::WouldBlock => Ok(()),
-                Err(Error::Capacity(e)) => end("protocol-error", 1009, e),
-                Err(e @ Error::Utf8(_)) => end("protocol-error", 1007, e),
-                Err(Error::Protocol(HUNG_UP)) => {
-                    end("client-gone", None, "it hung up without a Close")
-                }
-                Err(Error::Protocol(e)) => end("protocol-error", 1002, e),
-                Err(e) => end("client-gone", None, e),
             }
         }
 
-        /// Sends a Close with this code, or with none (RFC 6455, section 5.5.1), and hangs up.
-        fn hang_up(&mut self, code: Option<u16>, reason: &str, limit: Duration) {
-            let reason = &reason[..reason.floor_char_boundary(MAX_REASON_BYTES)];
-            let close = Frame::close(code.map(|code| CloseFrame {
-                code: code.into(),
-                reason: reason.into(),
-            }));
-            let (wire, stdout, until) = (
-                self.client.get_mut(),
-                &self.daemon.child.stdout,
-                Instant::now() + limit,
-            );
-            wire.finish(stdout, until);
-            if wire.is_idle() {
-                let _ = close.format(&mut wire.unsent);
-                wire.finish(stdout, until);
+        /// Sends a message of data, and waits for as long as the socket does not take all of it
+        /// and the session lasts. Says whether it was sent.
+        fn send(&self, chunk: Vec<u8>) -> bool {
+            let length = chunk.len() as u64;
+            let mut message = Some(Message::Binary(Bytes::from(chunk)));
+
+            loop {
+                // Into an empty buffer, which has room for it.
+                let sent = self.attempt(|peer| {
+                    peer.flush()?;
+                    message.take().map_or(Ok(()), |message| peer.send(message))
+                });
+                match sent {
+                    Sent::All => break,
+                    Sent::Partly if self.end.get().is_none() => {
+                        let socket = PollFd::new(&self.wire.socket, PollFlags::OUT);
+                        poll::ready([Some(socket), Some(self.over())], None);
+                    }
+                    _ => return false,
+                }
             }
-            let _ = http::linger(&wire.socket, limit);
+
+            self.sent.fetch_add(length, Relaxed);
+            metrics::BYTES_OUT.add(length);
+            true
+        }
+
+        /// Sends a ping or a pong, and says whether nothing is left to flush.
+        fn send_control(&self, message: Message) -> bool {
+            matches!(self.attempt(|peer| peer.send(message)), Sent::All)
+        }
+
+        /// One step with the half that sends. Where the socket does not take all, the rest is in
+        /// the buffer.
+        fn attempt(
+            &self,
+            step: impl FnOnce(&mut WebSocket<Sending>) -> tungstenite::Result<()>,
+        ) -> Sent {
+            let mut sending = lock(&self.sending);
+            match step(&mut sending) {
+                Ok(()) => {
+                    self.unsent.store(false, Relaxed);
+                    Sent::All
+                }
+                Err(Error::Io(e)) if e.kind() != ErrorKind::WouldBlock => Sent::Broken,
+                Err(Error::Io(_) | Error::WriteBufferFull(_)) => {
+                    // The peer has from now on to take something.
+                    if !self.unsent.swap(true, Relaxed) {
+                        self.wire.note(&self.wire.taken);
+                    }
+                    Sent::Partly
+                }
+                Err(_) => Sent::Broken,
+            }
+        }
+
+        /// Finishes what is half sent, sends a Close, ends our side of the connection, and waits
+        /// for the peer to end its own: `limit` for the first, and again for the last.
+        pub fn close(&self, code: Option<CloseCode>, reason: &str, limit: Duration) {
+            let until = Instant::now() + limit;
+            let reason = &reason[..reason.floor_char_boundary(MAX_REASON_BYTES)];
+            let frame = code.map(|code| CloseFrame {
+                code,
+                reason: reason.into(),
+            });
+
+            let mut close = Some(frame);
+            let step = |peer: &mut WebSocket<Sending>| {
+                peer.flush()?;
+                close.take().map_or(Ok(()), |frame| peer.close(frame))
+            };
+            let mut step = step;
+            while let Sent::Partly = self.attempt(&mut step) {
+                let socket = PollFd::new(&self.wire.socket, PollFlags::OUT);
+                let [writable] = poll::ready([Some(socket)], Some(until));
+                if writable.is_empty() && Instant::now() >= until {
+                    break;
+                }
+            }
+
+            poll::linger(&self.wire.socket, limit);
+        }
+    }
+
+    /// What an error of tungstenite's `read` means; nothing, if there is just nothing to read.
+    fn failed_read(error: Error) -> Result<(), End> {
+        let violation = |code, what: String| Err(End::Violation(code, what));
+        match error {
+            Error::Io(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                Ok(())
+            }
+            Error::Capacity(CapacityError::MessageTooLong { .. }) => {
+                let limit = MAX_MESSAGE_BYTES >> 20;
+                violation(
+                    CloseCode::Size,
+                    format!("a message is longer than {limit} MiB"),
+                )
+            }
+            Error::Utf8(e) => violation(CloseCode::Invalid, e),
+            Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => {
+                Err(End::Gone("it hung up without a Close".into()))
+            }
+            Error::Protocol(e) => violation(CloseCode::Protocol, e.to_string()),
+            e => Err(End::Gone(e.to_string())),
+        }
+    }
+
+    /// Ends the session when its thread panics.
+    struct EndOnPanic<'a>(&'a Link);
+
+    impl Drop for EndOnPanic<'_> {
+        fn drop(&mut self) {
+            if thread::panicking() {
+                self.0.finish(End::Failed);
+            }
+        }
+    }
+
+    /// When the peer is asked for a sign of life, and when there has been none for too long. It
+    /// belongs to the thread that supervises.
+    pub struct Keepalive {
+        /// None: never.
+        interval: Option<Duration>,
+        next_ping: Instant,
+    }
+
+    impl Keepalive {
+        /// A ping every `secs` seconds; 0 disables them, and with them the limit on silence.
+        pub fn new(wire: &TcpStream, secs: u32) -> io::Result<Keepalive> {
+            let interval = (secs > 0).then(|| Duration::from_secs(secs.into()));
+            if let Some(interval) = interval {
+                // For a peer that vanishes while nothing is read from it.
+                let limit = (interval * KEEPALIVES).as_millis().min(i32::MAX as u128) as u32;
+                rustix::net::sockopt::set_tcp_user_timeout(wire, limit)?;
+            }
+            Ok(Keepalive {
+                interval,
+                next_ping: Instant::now() + interval.unwrap_or_default(),
+            })
+        }
+
+        /// Sends a ping if it is time, ends the session if the peer is gone, and says when to be
+        /// called again.
+        ///
+        /// The peer is there if it sent something in the last three intervals, or could not
+        /// because we did not read; and if its socket took something of what we have for it, or
+        /// we have nothing.
+        pub fn check(&mut self, link: &Link) -> Option<Instant> {
+            let interval = self.interval?;
+            let now = Instant::now();
+
+            if now >= self.next_ping {
+                self.next_ping = now + interval;
+                if link.unsent.load(Relaxed) {
+                    // poll(2) may not speak of a little room, which a slow peer makes. A ping
+                    // would only queue.
+                    link.attempt(WebSocket::flush);
+                } else {
+                    link.send_control(Message::Ping(Bytes::new()));
+                }
+            }
+
+            let mut last_sign = now;
+            if !link.sink_is_full.load(Relaxed) {
+                last_sign = last_sign.min(link.wire.since(&link.wire.heard));
+            }
+            if link.unsent.load(Relaxed) {
+                last_sign = last_sign.min(link.wire.since(&link.wire.taken));
+            }
+            let limit = last_sign + interval * KEEPALIVES;
+            if now >= limit {
+                link.finish(End::Gone(
+                    "no response for three keepalive intervals".into(),
+                ));
+            }
+            Some(limit.min(self.next_ping))
         }
     }
 }
 
-/// What the relay does, in numbers, as Prometheus reads them (text format 0.0.4). Touches nothing else. Promises that
-/// no label holds what a client chose.
-mod admin {
-    use super::lock;
-    use std::{collections::BTreeMap, sync::Mutex};
+/// What the operator said: defaults, file and environment become one validated `Config`. Reads
+/// the configuration file and the environment, nothing else. Promises that whatever is in a
+/// `Config` can be used as it is, and that an error names where it comes from.
+mod config {
+    use crate::util::is_https_or_loopback;
+    use serde::{Deserialize, Serialize};
+    use std::collections::BTreeMap;
+    use std::fmt::{self, Display};
+    use std::num::NonZeroU32;
+    use std::ops::Deref;
+    use std::path::{Path, PathBuf};
+    use std::{env, fs};
+    use toml::de::{DeTable, DeValue, Deserializer, Error};
+    use toml::{Spanned, Value};
+    use tungstenite::http::uri::Authority;
 
-    const REASONS: &[&str] = &[
-        "client-closed",
-        "client-gone",
-        "daemon-exited",
-        "protocol-error",
-        "shutting-down",
-        "timed-out",
-    ];
-    const STATUSES: &[&str] = &[
-        "400", "401", "403", "404", "405", "408", "426", "431", "502", "503",
-    ];
-    /// Name, type, help, label, and its values, which are there from the start: without a zero before it, the first
-    /// event is no increase.
-    const METRICS: [(&str, &str, &str, &str, &[&str]); 7] = [
-        ("build_info", "gauge", "The version of nix-relay.", "", &[]),
-        (
-            "bytes_total",
-            "counter",
-            "Payload that came from clients, and went to them.",
-            "direction",
-            &["in", "out"],
-        ),
-        (
-            "jwks_refreshes_total",
-            "counter",
-            "Fetches of an issuer's keys.",
-            "result",
-            &["ok", "error"],
-        ),
-        (
-            "refusals_total",
-            "counter",
-            "Connections that got this status, and no session.",
-            "status",
-            STATUSES,
-        ),
-        (
-            "session_seconds",
-            "histogram",
-            "How long sessions took.",
-            "",
-            &[],
-        ),
-        (
-            "sessions_active",
-            "gauge",
-            "Sessions that have begun and not ended.",
-            "",
-            &[],
-        ),
-        (
-            "sessions_total",
-            "counter",
-            "Sessions that have ended, by why.",
-            "result",
-            REASONS,
-        ),
-    ];
-    const BUCKETS: [u32; 5] = [1, 10, 100, 1000, 10000];
-    /// In the order of their names, which is right for all buckets but the widest: whether it is that one comes first.
-    static SERIES: Mutex<BTreeMap<(bool, String), f64>> = Mutex::new(BTreeMap::new());
+    /// Every key that has a default, in its table.
+    const DEFAULTS: &str = include_str!("config.example.toml");
 
-    /// Adds to a metric: its name, and its label if it has one.
-    pub fn add(series: &str, value: f64) {
-        *lock(&SERIES)
-            .entry((series.contains("+Inf"), series.into()))
-            .or_default() += value;
+    /// The variable of each key that has one, its table, and the key.
+    const VARIABLES: [(&str, &str, &str); 14] = [
+        ("NIX_RELAY_LISTEN", "server", "listen"),
+        ("NIX_RELAY_ADMIN_LISTEN", "server", "admin_listen"),
+        (
+            "NIX_RELAY_SHUTDOWN_GRACE_SECS",
+            "server",
+            "shutdown_grace_secs",
+        ),
+        (
+            "NIX_RELAY_HANDSHAKE_TIMEOUT_SECS",
+            "server",
+            "handshake_timeout_secs",
+        ),
+        ("NIX_RELAY_KEEPALIVE_SECS", "server", "keepalive_secs"),
+        ("NIX_RELAY_ISSUER", "auth", "issuer"),
+        ("NIX_RELAY_AUDIENCE", "auth", "audience"),
+        ("NIX_RELAY_ALLOWED_ORG", "auth", "allowed_org"),
+        (
+            "NIX_RELAY_JWKS_CACHE_TTL_SECS",
+            "auth",
+            "jwks_cache_ttl_secs",
+        ),
+        ("NIX_RELAY_DAEMON_PATH", "daemon", "nix_daemon_path"),
+        ("NIX_RELAY_EXTRA_ARGS", "daemon", "extra_args"),
+        ("NIX_RELAY_TIMEOUT_SECS", "daemon", "timeout_secs"),
+        ("NIX_RELAY_MAX_CONNECTIONS", "daemon", "max_connections"),
+        (
+            "NIX_RELAY_QUEUE_TIMEOUT_SECS",
+            "daemon",
+            "queue_timeout_secs",
+        ),
+    ];
+
+    /// The effective configuration. config.example.toml says what each key means.
+    #[derive(Deserialize, Serialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct Config {
+        pub server: Server,
+        pub auth: Auth,
+        pub daemon: Daemon,
+        /// Those of `auth.rule` in their order, then the one of `auth.allowed_org`.
+        #[serde(skip)]
+        pub rules: Vec<Rule>,
     }
 
-    /// To be called once.
-    pub fn start() {
-        for (metric, _, _, label, values) in METRICS {
-            values
-                .iter()
-                .for_each(|value| add(&format!("{metric}{{{label}={value:?}}}"), 0.0));
+    #[derive(Deserialize, Serialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct Server {
+        pub listen: Address,
+        pub admin_listen: AddressOrNone,
+        pub shutdown_grace_secs: u32,
+        pub handshake_timeout_secs: NonZeroU32,
+        /// 0: none.
+        pub keepalive_secs: u32,
+    }
+
+    #[derive(Deserialize, Serialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct Auth {
+        issuer: IssuerUrl,
+        audience: NonEmpty,
+        allowed_org: Organisation,
+        pub jwks_cache_ttl_secs: NonZeroU32,
+        /// Issuer → key set.
+        #[serde(default)]
+        pub jwks_files: BTreeMap<String, PathBuf>,
+        #[serde(default)]
+        rule: Vec<WrittenRule>,
+    }
+
+    #[derive(Deserialize, Serialize)]
+    #[serde(deny_unknown_fields)]
+    pub struct Daemon {
+        pub nix_daemon_path: Program,
+        extra_args: Vec<String>,
+        pub timeout_secs: NonZeroU32,
+        pub max_connections: NonZeroU32,
+        pub queue_timeout_secs: u32,
+    }
+
+    /// A rule as it is written.
+    #[derive(Deserialize, Serialize)]
+    #[serde(deny_unknown_fields)]
+    struct WrittenRule {
+        name: NonEmpty,
+        issuer: Option<IssuerUrl>,
+        audience: Option<NonEmpty>,
+        bound_claims: BoundClaims,
+        extra_args: Option<Vec<String>>,
+        max_connections: Option<NonZeroU32>,
+    }
+
+    /// Whom to let in, with everything that it leaves out filled in.
+    pub struct Rule {
+        pub name: String,
+        pub issuer: String,
+        pub audience: String,
+        /// Patterns for each of these claims.
+        pub bound_claims: BTreeMap<String, Vec<String>>,
+        pub ignores_case: bool,
+        pub extra_args: Vec<String>,
+        pub max_connections: Option<NonZeroU32>,
+    }
+
+    /// A type for each kind of text, with what it must be.
+    macro_rules! texts {
+        ($($name:ident: $is_valid:expr, $expected:expr;)*) => {$(
+            #[derive(Deserialize, Serialize, Clone)]
+            #[serde(try_from = "String")]
+            pub struct $name(String);
+
+            impl TryFrom<String> for $name {
+                type Error = String;
+
+                fn try_from(text: String) -> Result<$name, String> {
+                    let is_valid: fn(&str) -> bool = $is_valid;
+                    if is_valid(&text) {
+                        Ok($name(text))
+                    } else {
+                        Err(format!(concat!("expected ", $expected, ", not {:?}"), text))
+                    }
+                }
+            }
+
+            impl Display for $name {
+                fn fmt(&self, to: &mut fmt::Formatter) -> fmt::Result {
+                    to.write_str(&self.0)
+                }
+            }
+
+            impl Deref for $name {
+                type Target = str;
+
+                fn deref(&self) -> &str {
+                    &self.0
+                }
+            }
+        )*};
+    }
+
+    texts! {
+        Address: is_address, "HOST:PORT or [IPV6]:PORT";
+        AddressOrNone: |text| text.is_empty() || is_address(text), "HOST:PORT or nothing";
+        IssuerUrl: is_https_or_loopback, "an https URL (http for loopback alone)";
+        NonEmpty: |text| !text.is_empty(), "a text that is not empty";
+        Organisation: |text| !text.contains('*'),
+            "the name of one organisation (patterns are for auth.rule)";
+        // The daemon runs in /, so a path relative to where the relay started would mislead.
+        Program: |text| text.starts_with('/') || !text.is_empty() && !text.contains('/'),
+            "an absolute path, or a name in PATH";
+    }
+
+    fn is_address(text: &str) -> bool {
+        let authority = text.parse::<Authority>();
+        authority.is_ok_and(|authority| {
+            authority.port_u16().is_some() && !authority.host().is_empty() && !text.contains('@')
+        })
+    }
+
+    /// Claims, and the patterns for each.
+    #[derive(Deserialize, Serialize)]
+    #[serde(try_from = "BTreeMap<String, Value>")]
+    struct BoundClaims(BTreeMap<String, Value>);
+
+    impl TryFrom<BTreeMap<String, Value>> for BoundClaims {
+        type Error = String;
+
+        fn try_from(claims: BTreeMap<String, Value>) -> Result<BoundClaims, String> {
+            if claims.is_empty() {
+                return Err(
+                    "expected at least one claim: without any, everybody would be let in".into(),
+                );
+            }
+            for (name, patterns) in &claims {
+                if texts_of(patterns).is_none_or(|texts| texts.is_empty()) {
+                    let expected = "expected a text, a whole number, a boolean, or a list of these";
+                    return Err(format!("{expected} for {name}, not {patterns}"));
+                }
+            }
+            Ok(BoundClaims(claims))
         }
-        add("sessions_active", 0.0);
-        add(
-            concat!("build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"}"),
-            1.0,
-        );
+    }
+
+    /// The patterns of a claim, as texts.
+    fn texts_of(patterns: &Value) -> Option<Vec<String>> {
+        match patterns {
+            Value::String(text) => Some(vec![text.clone()]),
+            Value::Integer(_) | Value::Boolean(_) => Some(vec![patterns.to_string()]),
+            Value::Array(several) => {
+                let texts = several
+                    .iter()
+                    .map(|one| if one.is_array() { None } else { texts_of(one) });
+                texts
+                    .collect::<Option<Vec<_>>>()
+                    .map(|texts| texts.concat())
+            }
+            _ => None,
+        }
+    }
+
+    /// Applies defaults, file and environment, in that order. Also returns the effective
+    /// configuration as TOML. Fails with `FILE: `, or `VARIABLE: `, and what is wrong.
+    pub fn load(path: Option<&Path>) -> Result<(Config, String), String> {
+        let text = match path {
+            Some(path) => {
+                fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?
+            }
+            None => String::new(),
+        };
+        let invalid = |mut e: Error| {
+            e.set_input(Some(&text));
+            format!(
+                "{}: {}",
+                path.unwrap_or(Path::new("defaults")).display(),
+                e.to_string().trim_end()
+            )
+        };
+        let mut settings = DeTable::parse(&text).map_err(invalid)?;
+        let defaults = DeTable::parse(DEFAULTS).map_err(|e| e.to_string())?;
+        add_missing(settings.get_mut(), defaults.get_ref());
+        let mut config =
+            Config::deserialize(Deserializer::from(settings.clone())).map_err(invalid)?;
+
+        let mut values = Vec::new();
+        for (variable, ..) in VARIABLES {
+            let value = env::var_os(variable).unwrap_or_default().into_string();
+            values.push(value.map_err(|_| format!("{variable}: expected UTF-8"))?);
+        }
+        for ((variable, table, key), value) in VARIABLES.into_iter().zip(&values) {
+            if value.is_empty() {
+                continue;
+            }
+            set(settings.get_mut(), table, key, value);
+            let typed = Config::deserialize(Deserializer::from(settings.clone()));
+            config = typed.map_err(|e| format!("{variable}: {}", e.message()))?;
+        }
+
+        let effective = toml::to_string(&config).map_err(|e| e.to_string())?;
+        config.rules = config.auth.rules(&config.daemon.extra_args)?;
+        Ok((config, effective))
+    }
+
+    /// Puts each default where the file says nothing.
+    fn add_missing<'a>(settings: &mut DeTable<'a>, defaults: &DeTable<'a>) {
+        for (name, defaults) in defaults {
+            let table = settings
+                .entry(name.clone())
+                .or_insert_with(|| defaults.clone());
+            if let (DeValue::Table(table), DeValue::Table(defaults)) =
+                (table.get_mut(), defaults.get_ref())
+            {
+                for (key, default) in defaults {
+                    table.entry(key.clone()).or_insert_with(|| default.clone());
+                }
+            }
+        }
+    }
+
+    /// Puts a variable's text where it belongs, as what stands there by now: a number, a list of
+    /// words, or a text.
+    fn set<'a>(settings: &mut DeTable<'a>, table: &str, key: &str, text: &'a str) {
+        let setting = settings
+            .get_mut(table)
+            .and_then(|table| match table.get_mut() {
+                DeValue::Table(table) => table.get_mut(key),
+                _ => None,
+            });
+        let Some(setting) = setting else { return };
+
+        let unplaced = |value| Spanned::new(0..0, value);
+        let as_text = |text: &'a str| DeValue::String(text.into());
+        let value = match setting.get_ref() {
+            DeValue::Array(_) => DeValue::Array(
+                text.split_whitespace()
+                    .map(|word| unplaced(as_text(word)))
+                    .collect(),
+            ),
+            DeValue::Integer(_) if text.parse::<i64>().is_ok() => {
+                DeValue::parse(text).map_or_else(|_| as_text(text), Spanned::into_inner)
+            }
+            _ => as_text(text),
+        };
+        *setting = unplaced(value);
+    }
+
+    impl Auth {
+        /// All rules, in the order in which they are tried. Fails if there are none.
+        fn rules(&self, extra_args: &[String]) -> Result<Vec<Rule>, String> {
+            let resolve = |rule: &WrittenRule| Rule {
+                name: rule.name.to_string(),
+                issuer: rule.issuer.as_ref().unwrap_or(&self.issuer).to_string(),
+                audience: rule.audience.as_ref().unwrap_or(&self.audience).to_string(),
+                bound_claims: rule.bound_claims.patterns(),
+                ignores_case: false,
+                extra_args: rule
+                    .extra_args
+                    .clone()
+                    .unwrap_or_else(|| extra_args.to_vec()),
+                max_connections: rule.max_connections,
+            };
+            let mut rules: Vec<Rule> = self.rule.iter().map(resolve).collect();
+
+            if !self.allowed_org.is_empty() {
+                let owner = vec![self.allowed_org.to_string()];
+                rules.push(Rule {
+                    name: "allowed_org".into(),
+                    issuer: self.issuer.to_string(),
+                    audience: self.audience.to_string(),
+                    bound_claims: BTreeMap::from([("repository_owner".into(), owner)]),
+                    ignores_case: true,
+                    extra_args: extra_args.to_vec(),
+                    max_connections: None,
+                });
+            }
+            if rules.is_empty() {
+                return Err(
+                    "nobody could connect: set auth.allowed_org (NIX_RELAY_ALLOWED_ORG) to the \
+                            organisation whose jobs may, or add a rule"
+                        .into(),
+                );
+            }
+            Ok(rules)
+        }
+    }
+
+    impl BoundClaims {
+        fn patterns(&self) -> BTreeMap<String, Vec<String>> {
+            let patterns = |value| texts_of(value).unwrap_or_default();
+            self.0
+                .iter()
+                .map(|(name, value)| (name.clone(), patterns(value)))
+                .collect()
+        }
+    }
+}
+
+/// What the relay does, in numbers, as Prometheus reads them (text format 0.0.4), and the
+/// listener that serves them. Promises that no label holds what a client chose, and that
+/// whatever happens on the relay's own listener, this one answers: it shares nothing with that
+/// but the counters.
+mod metrics {
+    use log::warn;
+    use std::fmt::{Display, Write};
+    use std::net::TcpListener;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::thread;
+    use std::time::Duration;
+    use tiny_http::{Header, Method, Request, Response, Server};
+
+    /// A number that several threads change. A gauge may go down, a counter does not.
+    pub struct Counter(AtomicU64);
+
+    impl Counter {
+        const fn new() -> Counter {
+            Counter(AtomicU64::new(0))
+        }
+
+        pub fn add(&self, more: u64) {
+            self.0.fetch_add(more, Relaxed);
+        }
+
+        pub fn sub(&self, less: u64) {
+            self.0.fetch_sub(less, Relaxed);
+        }
+
+        fn get(&self) -> u64 {
+            self.0.load(Relaxed)
+        }
+    }
+
+    /// Why a session ended, in the log and in the metrics.
+    #[derive(Clone, Copy, PartialEq)]
+    pub enum Reason {
+        ClientClosed,
+        ClientGone,
+        DaemonExited,
+        ProtocolError,
+        RelayFailed,
+        ShuttingDown,
+        TimedOut,
+    }
+
+    const REASONS: [Reason; 7] = [
+        Reason::ClientClosed,
+        Reason::ClientGone,
+        Reason::DaemonExited,
+        Reason::ProtocolError,
+        Reason::RelayFailed,
+        Reason::ShuttingDown,
+        Reason::TimedOut,
+    ];
+
+    impl Reason {
+        pub fn name(self) -> &'static str {
+            match self {
+                Reason::ClientClosed => "client-closed",
+                Reason::ClientGone => "client-gone",
+                Reason::DaemonExited => "daemon-exited",
+                Reason::ProtocolError => "protocol-error",
+                Reason::RelayFailed => "relay-failed",
+                Reason::ShuttingDown => "shutting-down",
+                Reason::TimedOut => "timed-out",
+            }
+        }
+    }
+
+    const STATUSES: [u16; 10] = [400, 401, 403, 404, 405, 408, 426, 431, 502, 503];
+    /// Upper limits of the histogram's buckets, in seconds. One more has no limit.
+    const BUCKETS_SECS: [u64; 5] = [1, 10, 100, 1000, 10000];
+
+    /// Payload from clients and to them, in bytes.
+    pub static BYTES_IN: Counter = Counter::new();
+    pub static BYTES_OUT: Counter = Counter::new();
+    pub static SESSIONS_ACTIVE: Counter = Counter::new();
+    static REFUSALS: [Counter; STATUSES.len()] = [const { Counter::new() }; STATUSES.len()];
+    static REFRESHED: Counter = Counter::new();
+    static NOT_REFRESHED: Counter = Counter::new();
+    static ENDED: [Counter; REASONS.len()] = [const { Counter::new() }; REASONS.len()];
+    static SESSION_MILLIS: Counter = Counter::new();
+    /// Each session counts in one of them; the text adds them up.
+    static SESSIONS_BY_LENGTH: [Counter; BUCKETS_SECS.len() + 1] =
+        [const { Counter::new() }; BUCKETS_SECS.len() + 1];
+
+    /// Counts a connection that got this status and no session.
+    pub fn add_refusal(status: u16) {
+        if let Some(index) = STATUSES.iter().position(|known| *known == status) {
+            REFUSALS[index].add(1);
+        }
+    }
+
+    /// Counts a fetch of an issuer's keys.
+    pub fn add_jwks_refresh(worked: bool) {
+        if worked {
+            REFRESHED.add(1)
+        } else {
+            NOT_REFRESHED.add(1)
+        }
     }
 
     /// Counts a session that has ended.
-    pub fn add_session(result: &str, secs: f64) {
-        add("sessions_active", -1.0);
-        add(&format!("sessions_total{{result={result:?}}}"), 1.0);
-        for limit in BUCKETS {
-            add(
-                &format!("session_seconds_bucket{{le=\"{limit}\"}}"),
-                (secs <= limit.into()).into(),
-            );
-        }
-        add("session_seconds_bucket{le=\"+Inf\"}", 1.0);
-        add("session_seconds_count", 1.0);
-        add("session_seconds_sum", secs);
+    pub fn add_session(reason: Reason, length: Duration) {
+        ENDED[reason as usize].add(1);
+        SESSION_MILLIS.add(length.as_millis() as u64);
+        let fits = |limit: &u64| length <= Duration::from_secs(*limit);
+        let bucket = BUCKETS_SECS
+            .iter()
+            .position(fits)
+            .unwrap_or(BUCKETS_SECS.len());
+        SESSIONS_BY_LENGTH[bucket].add(1);
     }
 
-    /// All that was added up, in the text format.
-    pub fn metrics() -> String {
-        let (series, mut text) = (lock(&SERIES), String::new());
-        for (name, kind, help, ..) in METRICS {
-            text += &format!("# HELP nix_relay_{name} {help}\n# TYPE nix_relay_{name} {kind}\n");
-            let own = series
-                .iter()
-                .filter(|((_, series), _)| series.starts_with(name));
-            text.extend(own.map(|((_, series), value)| format!("nix_relay_{series} {value}\n")));
+    /// One of them in the text: its name, what it is, and what the label tells apart.
+    struct Metric {
+        name: &'static str,
+        kind: &'static str,
+        help: &'static str,
+    }
+
+    impl Metric {
+        fn head(&self, text: &mut String) {
+            let Metric { name, kind, help } = self;
+            let _ = writeln!(text, "# HELP nix_relay_{name} {help}");
+            let _ = writeln!(text, "# TYPE nix_relay_{name} {kind}");
         }
+
+        /// All its series. They are there from the start: without a zero before it, the first
+        /// event is no increase.
+        fn series<L: Display>(
+            &self,
+            text: &mut String,
+            label: &str,
+            series: impl IntoIterator<Item = (L, u64)>,
+        ) {
+            self.head(text);
+            for (value, count) in series {
+                let _ = writeln!(
+                    text,
+                    "nix_relay_{}{{{label}=\"{value}\"}} {count}",
+                    self.name
+                );
+            }
+        }
+    }
+
+    fn counter(name: &'static str, help: &'static str) -> Metric {
+        Metric {
+            name,
+            kind: "counter",
+            help,
+        }
+    }
+
+    fn gauge(name: &'static str, help: &'static str) -> Metric {
+        Metric {
+            name,
+            kind: "gauge",
+            help,
+        }
+    }
+
+    /// All metrics, as they are now.
+    fn render() -> String {
+        let mut text = String::new();
+        let version = [(env!("CARGO_PKG_VERSION"), 1)];
+        gauge("build_info", "The version of nix-relay.").series(&mut text, "version", version);
+
+        let bytes = [("in", BYTES_IN.get()), ("out", BYTES_OUT.get())];
+        counter("bytes_total", "Payload from clients and to them.").series(
+            &mut text,
+            "direction",
+            bytes,
+        );
+        let refreshes = [("ok", REFRESHED.get()), ("error", NOT_REFRESHED.get())];
+        counter("jwks_refreshes_total", "Fetches of an issuer's keys.")
+            .series(&mut text, "result", refreshes);
+        let refusals = STATUSES.iter().zip(REFUSALS.iter().map(Counter::get));
+        counter(
+            "refusals_total",
+            "Connections that got this status, and no session.",
+        )
+        .series(&mut text, "status", refusals);
+        let ended = REASONS
+            .iter()
+            .map(|reason| (reason.name(), ENDED[*reason as usize].get()));
+        counter("sessions_total", "Sessions that have ended, by why.")
+            .series(&mut text, "reason", ended);
+
+        gauge("sessions_active", "Sessions that have begun and not ended.").head(&mut text);
+        let _ = writeln!(text, "nix_relay_sessions_active {}", SESSIONS_ACTIVE.get());
+        render_lengths(&mut text);
         text
     }
-}
 
-/// Text that a client or an issuer chose, fit for a line of the log: quoted, escaped, cut short.
-fn shown(text: &str) -> String {
-    format!("{:?}", text.chars().take(256).collect::<String>())
-}
-
-fn secs(secs: impl Into<u32>) -> Duration {
-    Duration::from_secs(secs.into().into())
-}
-
-/// A panic elsewhere must not become one here: what is behind these locks is valid at any time.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-// main: arguments, logging, the accept loops, who may be in, shutdown.
-
-use signal_hook::{consts, iterator::Signals};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::{
-    collections::BTreeMap, env, fmt::Display, fs, io, io::PipeReader, io::Write, path::Path,
-    process::ExitCode,
-};
-use std::{
-    net::Shutdown, net::TcpListener, net::TcpStream, os::fd::AsFd, os::unix::fs::MetadataExt,
-    thread,
-};
-use std::{time::Duration, time::Instant};
-use {config::Config, http::Answer, http::Head, http::RETRY, session::Daemon, session::Session};
-use {log::error, log::info, log::warn, sd_notify::NotifyState, sd_notify::notify};
-
-const USAGE: &str = "usage: nix-relay [--check] [CONFIG.toml]    (or NIX_RELAY_CONFIG=CONFIG.toml)
-Carries the Nix worker protocol from a WebSocket to nix-daemon, for callers with an OIDC token.
-  --check    validate the configuration, print it as it is in effect, and exit
-  --help     print this, and exit
-  --version  print the version, and exit
-";
-
-/// Connections that have no session yet.
-const MAX_HANDSHAKES: u32 = 256;
-/// Before trying again when descriptors or threads have run out.
-const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
-/// For an answer to be sent, which any socket has room for, and for the client to hear it.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-const LINGER: Duration = Duration::from_secs(1);
-/// After the grace, for the sessions to end: as long as the ladder of `session` needs.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(19);
-
-/// What every connection needs.
-struct Relay {
-    config: Config,
-    issuers: Vec<Arc<oidc::Issuer>>,
-    gate: Mutex<Gate>,
-    gate_changed: Condvar,
-    /// Hangs up when the sessions are to end.
-    closing: PipeReader,
-}
-
-/// Who is in, and who may be.
-#[derive(Default)]
-struct Gate {
-    connections: u32,
-    /// The number of the latest.
-    number: u64,
-    /// Those of them, by number, whose request, or whose end after a refusal, we wait for.
-    awaited: BTreeMap<u64, Arc<TcpStream>>,
-    /// Sessions that may yet begin, and the number of the latest.
-    permits: u32,
-    session: u64,
-    /// How many times the relay was told to stop; once is enough to let nobody in.
-    signals: u32,
-}
-
-impl Relay {
-    fn change<T>(&self, change: impl FnOnce(&mut Gate) -> T) -> T {
-        let changed = change(&mut lock(&self.gate));
-        self.gate_changed.notify_all();
-        changed
-    }
-
-    fn wait(&self, limit: Duration, done: impl Fn(&Gate) -> bool) -> MutexGuard<'_, Gate> {
-        let gate = self
-            .gate_changed
-            .wait_timeout_while(lock(&self.gate), limit, |g| !done(g));
-        gate.unwrap_or_else(PoisonError::into_inner).0
-    }
-}
-
-/// Something of the gate's, given back when dropped.
-struct Held(Arc<Relay>, fn(&mut Gate));
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.0.change(self.1);
-    }
-}
-
-fn main() -> ExitCode {
-    let say = |text: &str| {
-        print!("{text}");
-        ExitCode::SUCCESS
-    };
-    let fail = |text: &str| {
-        eprintln!("nix-relay: {}", text.trim_end());
-        ExitCode::from(2)
-    };
-    let (checks, arguments): (Vec<_>, Vec<_>) = env::args_os()
-        .skip(1)
-        .partition(|argument| argument == "--check");
-    let path = match &arguments[..] {
-        [] => env::var_os("NIX_RELAY_CONFIG").unwrap_or_default(),
-        [only] if only == "--help" => return say(USAGE),
-        [only] if only == "--version" => {
-            return say(concat!("nix-relay ", env!("CARGO_PKG_VERSION"), "\n"));
+    /// The histogram of how long sessions took.
+    fn render_lengths(text: &mut String) {
+        let help = "How long sessions took.";
+        Metric {
+            name: "session_seconds",
+            kind: "histogram",
+            help,
         }
-        [only] if !only.to_string_lossy().starts_with('-') => only.clone(),
-        _ => return fail(&format!("did not expect {arguments:?}\n{USAGE}")),
-    };
-    let path = Some(Path::new(&path)).filter(|path| !path.as_os_str().is_empty());
-    let config = match config::load(path) {
-        Ok((_, text)) if !checks.is_empty() => return say(&text),
-        Ok((config, _)) => config,
-        Err(e) => return fail(&e.trim_end().replace('\n', " ")),
-    };
-    let mut logger =
-        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"));
-    // The journal knows the time, and wants to be told the priority (systemd.exec(5), sd-daemon(3)).
-    let stderr = fs::metadata("/dev/stderr")
-        .map_or(String::new(), |at| format!("{}:{}", at.dev(), at.ino()));
-    if env::var("JOURNAL_STREAM").is_ok_and(|journal| journal == stderr) {
-        const PRIORITIES: [u8; 6] = [3, 3, 4, 6, 7, 7];
-        logger.format(|to, record| {
-            writeln!(
-                to,
-                "<{}>{}",
-                PRIORITIES[record.level() as usize],
-                record.args()
-            )
-        });
-    }
-    logger.init();
-    let Err(e) = run(config) else {
-        return ExitCode::SUCCESS;
-    };
-    error!("{e}");
-    ExitCode::FAILURE
-}
+        .head(text);
 
-/// Until it was told to stop and nobody is left, or their time is over. Fails if it cannot start.
-fn run(config: Config) -> io::Result<()> {
-    let mut listeners = Vec::new();
-    for (name, address) in [("relay", &config.listen), ("admin", &config.admin_listen)] {
-        if !address.is_empty() {
-            let taken = |e| io::Error::other(format!("cannot listen on {address}: {e}"));
-            listeners.push((name, TcpListener::bind(address).map_err(taken)?));
-        }
-    }
-    let mut signals = Signals::new([consts::SIGTERM, consts::SIGINT])?;
-    let (grace, (closing, close)) = (secs(config.shutdown_grace_secs), io::pipe()?);
-    let gate = Mutex::new(Gate {
-        permits: config.max_connections.get(),
-        ..Gate::default()
-    });
-    let (issuers, gate_changed) = (oidc::start(&config)?, Condvar::new());
-    let relay = Arc::new(Relay {
-        config,
-        issuers,
-        gate,
-        gate_changed,
-        closing,
-    });
-    admin::start();
-    let thread = |name: &str| thread::Builder::new().name(name.into());
-    for (name, listener) in listeners {
-        info!("{name} listening address={}", listener.local_addr()?);
-        let relay = relay.clone();
-        thread(name).spawn(move || accept(&relay, &listener, name == "admin"))?;
-    }
-    let signalled = relay.clone();
-    let count = move || {
-        signals
-            .forever()
-            .for_each(|_| signalled.change(|gate| gate.signals += 1))
-    };
-    thread("signals").spawn(count)?;
-    let _ = notify(&[NotifyState::Ready]);
-    while relay.wait(Duration::MAX, |gate| gate.signals > 0).signals == 0 {}
-    let _ = notify(&[NotifyState::Stopping]);
-    info!("shutting down grace_secs={}", grace.as_secs());
-    drop(relay.wait(grace, |gate| gate.connections == 0 || gate.signals > 1));
-    drop(close);
-    let left = relay
-        .wait(SHUTDOWN_TIMEOUT, |gate| gate.connections == 0)
-        .connections;
-    info!("shut down connections_left={left}");
-    Ok(())
-}
-
-/// Hands every connection to a thread of its own. Nothing ends this. Where too many have no session yet, the one that
-/// we have waited for longest must go, so that silent clients keep nobody out.
-fn accept(relay: &Arc<Relay>, listener: &TcpListener, admin: bool) {
-    loop {
-        let Ok((socket, peer)) = listener
-            .accept()
-            .inspect_err(|e| warn!("cannot accept error={e:?}"))
-        else {
-            thread::sleep(SCARCITY_PAUSE);
-            continue;
-        };
-        let socket = Arc::new(socket);
-        let _ = socket
-            .set_write_timeout(Some(ANSWER_TIMEOUT))
-            .and(socket.set_nodelay(true));
-        let number = relay.change(|gate| {
-            if gate.connections
-                >= MAX_HANDSHAKES + (relay.config.max_connections.get() - gate.permits)
-            {
-                // Its thread reads the end of the connection, and answers.
-                let _ = gate.awaited.pop_first()?.1.shutdown(Shutdown::Read);
-            }
-            (gate.number, gate.connections) = (gate.number + 1, gate.connections + 1);
-            gate.awaited.insert(gate.number, socket.clone());
-            Some(gate.number)
-        });
-        let Some(number) = number else {
-            refuse(
-                &socket,
-                &peer.to_string(),
-                &busy("too many handshakes"),
-                true,
-                Duration::ZERO,
+        let mut sessions = 0;
+        for (index, count) in SESSIONS_BY_LENGTH.iter().enumerate() {
+            sessions += count.get();
+            let limit = BUCKETS_SECS
+                .get(index)
+                .map_or("+Inf".into(), u64::to_string);
+            let _ = writeln!(
+                text,
+                "nix_relay_session_seconds_bucket{{le={limit:?}}} {sessions}"
             );
-            continue;
-        };
-        let visit = Held(relay.clone(), |gate| gate.connections -= 1);
-        let (served, thread) = (
-            socket.clone(),
-            thread::Builder::new().name(format!("connection {number}")),
-        );
-        if let Err(e) =
-            thread.spawn(move || serve(&visit.0, &served, peer.to_string(), number, admin))
-        {
-            relay.change(|gate| gate.awaited.remove(&number));
-            refuse(&socket, &peer.to_string(), &busy(e), true, Duration::ZERO);
+        }
+        let sum = SESSION_MILLIS.get() as f64 / 1000.0;
+        let _ = writeln!(text, "nix_relay_session_seconds_sum {sum}");
+        let _ = writeln!(text, "nix_relay_session_seconds_count {sessions}");
+    }
+
+    /// After accept(2) has failed.
+    const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
+    /// Nothing heard for so long, and the kernel asks a scraper for a sign of life; it gives up
+    /// after twice as long.
+    const KEEPALIVE: Duration = Duration::from_secs(30);
+    const SEND_TIMEOUT: Duration = Duration::from_secs(1);
+
+    /// Serves `/metrics` and `/healthz`, for ever. tiny_http's own thread ends with the first
+    /// accept(2) that fails; the server is then made anew.
+    pub fn serve(listener: &TcpListener, is_draining: impl Fn() -> bool) {
+        limit_silence(listener);
+        loop {
+            let server = listener
+                .try_clone()
+                .map_err(Into::into)
+                .and_then(|listener| Server::from_listener(listener, None));
+            match server {
+                Ok(server) => {
+                    while let Ok(request) = server.recv() {
+                        answer(request, is_draining());
+                    }
+                }
+                Err(e) => warn!("cannot serve metrics error={e:?}"),
+            }
             thread::sleep(SCARCITY_PAUSE);
         }
     }
-}
 
-fn busy(cause: impl Display) -> Answer {
-    Answer::new(503, RETRY, "the relay is busy; try again later").because(cause)
-}
+    /// tiny_http waits for ever for a scraper that vanishes. Its sockets have these from the
+    /// listener.
+    fn limit_silence(listener: &TcpListener) {
+        use rustix::net::sockopt;
+        let _ = sockopt::set_socket_keepalive(listener, true);
+        let _ = sockopt::set_tcp_keepidle(listener, KEEPALIVE);
+        let _ = sockopt::set_tcp_keepintvl(listener, KEEPALIVE);
+        let _ = sockopt::set_tcp_user_timeout(listener, 2 * KEEPALIVE.as_millis() as u32);
+        // Nor may one that reads nothing hold the thread that answers.
+        let _ = sockopt::set_socket_timeout(listener, sockopt::Timeout::Send, Some(SEND_TIMEOUT));
+    }
 
-/// Answers something else than 101. All refusals are logged, but not how healthy we are.
-fn refuse(socket: &TcpStream, peer: &str, answer: &Answer, with_body: bool, linger: Duration) {
-    let (status, line) = (answer.status, &answer.line);
-    if status != 200 && line != "draining" {
-        admin::add(&format!("refusals_total{{status=\"{status}\"}}"), 1.0);
-        info!(
-            "refused peer={peer} status={status} reason={}",
-            shown(&format!("{line}{}", answer.cause))
-        );
-    }
-    let _ = answer.send(socket, with_body, linger);
-}
-
-/// One connection, from its first byte to its last.
-fn serve(relay: &Arc<Relay>, socket: &Arc<TcpStream>, mut peer: String, number: u64, admin: bool) {
-    let head = Head::read(
-        socket,
-        Instant::now() + secs(relay.config.handshake_timeout_secs),
-    );
-    let still_awaited = || relay.change(|gate| gate.awaited.remove(&number)).is_some();
-    if !still_awaited() {
-        return refuse(
-            socket,
-            &peer,
-            &busy("too many handshakes"),
-            true,
-            Duration::ZERO,
-        );
-    }
-    let mut with_body = true;
-    if let Ok(Some(head)) = &head {
-        peer += &head.forwarded_for();
-        with_body = head.request.method() != "HEAD";
-    }
-    let served =
-        head.and_then(|head| head.map_or(Ok(()), |head| admit(relay, socket, &peer, head, admin)));
-    if let Err(answer) = served {
-        relay.change(|gate| gate.awaited.insert(number, socket.clone()));
-        refuse(socket, &peer, &answer, with_body, LINGER);
-        still_awaited();
-    }
-}
-
-/// The session that a request asks for, from its permit to its end; or why there is none.
-fn admit(
-    relay: &Arc<Relay>,
-    socket: &Arc<TcpStream>,
-    peer: &str,
-    head: Head,
-    admin: bool,
-) -> Result<(), Answer> {
-    let wrong_method = |allow| Answer::new(405, allow, "this path does not know the method");
-    let draining = lock(&relay.gate).signals > 0;
-    match (
-        head.request.uri().path(),
-        head.request.method().as_str(),
-        admin,
-    ) {
-        ("/relay", "GET", false) => {}
-        ("/relay", _, false) => return Err(wrong_method(&[("Allow", "GET")])),
-        ("/metrics", "GET" | "HEAD", true) => {
-            return Err(Answer::new(200, &[], admin::metrics().trim_end()));
-        }
-        ("/healthz", "GET" | "HEAD", _) if draining => {
-            return Err(Answer::new(503, &[], "draining"));
-        }
-        ("/healthz", "GET" | "HEAD", _) => return Err(Answer::new(200, &[], "ok")),
-        ("/metrics", _, true) | ("/healthz", ..) => {
-            return Err(wrong_method(&[("Allow", "GET, HEAD")]));
-        }
-        _ => {
-            return Err(Answer::new(
+    fn answer(request: Request, is_draining: bool) {
+        let is_get = matches!(request.method(), Method::Get | Method::Head);
+        let path = request.url().split('?').next().unwrap_or_default();
+        let (status, text) = match path {
+            "/metrics" if is_get => (200, render()),
+            "/healthz" if is_get && is_draining => (503, "draining\n".into()),
+            "/healthz" if is_get => (200, "ok\n".into()),
+            "/metrics" | "/healthz" => (405, "method not allowed on this path\n".into()),
+            _ => (
                 404,
-                &[],
-                "there is nothing here; the relay is at /relay",
+                "there is nothing here; try /metrics or /healthz\n".into(),
+            ),
+        };
+
+        let mut response = Response::from_string(text).with_status_code(status);
+        if status == 405
+            && let Ok(allow) = "Allow: GET, HEAD".parse::<Header>()
+        {
+            response.add_header(allow);
+        }
+        // A scraper that left hears nothing.
+        let _ = request.respond(response);
+    }
+}
+
+/// What every wait for a client, a child or another thread rests on: poll(2), with a limit.
+mod poll {
+    use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
+    use std::io::{self, Read};
+    use std::net::{Shutdown, TcpStream};
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+    use std::time::{Duration, Instant};
+
+    /// Something that happens once, which any number of threads can wait for: eventfd(2), never
+    /// read.
+    pub struct Event {
+        fd: OwnedFd,
+        happened: AtomicBool,
+    }
+
+    impl Event {
+        /// Fails without descriptors.
+        pub fn new() -> io::Result<Event> {
+            let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+            Ok(Event {
+                fd,
+                happened: AtomicBool::new(false),
+            })
+        }
+
+        /// Wakes all who wait, and all who will.
+        pub fn set(&self) {
+            self.happened.store(true, SeqCst);
+            let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
+        }
+
+        pub fn is_set(&self) -> bool {
+            self.happened.load(SeqCst)
+        }
+
+        /// To wait for it beside others.
+        pub fn poll_fd(&self) -> PollFd<'_> {
+            PollFd::new(&self.fd, PollFlags::IN)
+        }
+
+        /// Waits for it alone, at most until the time has come.
+        pub fn wait(&self, until: Option<Instant>) {
+            while !self.is_set() && until.is_none_or(|until| Instant::now() < until) {
+                ready([Some(self.poll_fd())], until);
+            }
+        }
+    }
+
+    /// Waits until a descriptor can be read or is broken. Otherwise false, at the deadline or
+    /// before it: callers loop.
+    pub fn readable(fd: &impl AsFd, until: Instant) -> bool {
+        let [ready] = ready([Some(PollFd::new(fd, PollFlags::IN))], Some(until));
+        !ready.is_empty()
+    }
+
+    /// Waits until a descriptor is ready for its events, or broken, which always counts; at most
+    /// until the time has come. Says what each is ready for. May return early, for example on a
+    /// signal; callers loop.
+    pub fn ready<const N: usize>(
+        fds: [Option<PollFd<'_>>; N],
+        until: Option<Instant>,
+    ) -> [PollFlags; N] {
+        let mut polled: Vec<_> = fds.iter().flatten().cloned().collect();
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+
+        // It fails when a signal comes and when memory is short. Both pass.
+        let _ = rustix::event::poll(&mut polled, timeout.as_ref());
+
+        let mut answers = polled.iter().map(PollFd::revents);
+        fds.map(|fd| {
+            fd.and_then(|_| answers.next())
+                .unwrap_or(PollFlags::empty())
+        })
+    }
+
+    /// Ends our side of a connection, and waits at most `limit` for the peer to end its own.
+    /// What it still sends is read: left unread, it would make the kernel send a reset, which
+    /// can overtake our last words.
+    pub fn linger(mut socket: &TcpStream, limit: Duration) {
+        let until = Instant::now() + limit;
+        let mut open = socket.shutdown(Shutdown::Write).is_ok();
+        while open && Instant::now() < until {
+            open = !readable(&socket, until) || socket.read(&mut [0; 4096]).is_ok_and(|n| n > 0);
+        }
+    }
+}
+
+/// What several modules need: requests to the web, text for the log, locks.
+mod util {
+    use serde_json::Value;
+    use std::net::IpAddr;
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+    use std::time::{Duration, Instant};
+    use std::{env, fs};
+    use ureq::http::{StatusCode, Uri, header};
+    use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
+    use ureq::{Agent, Proxy, ProxyProtocol};
+
+    const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+    const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
+    /// Of a text that somebody else chose, in the log.
+    const MAX_QUOTED_CHARS: usize = 256;
+    /// Where ureq finds a proxy: the first that is there.
+    const PROXY_VARIABLES: [&str; 6] = [
+        "ALL_PROXY",
+        "all_proxy",
+        "HTTPS_PROXY",
+        "https_proxy",
+        "HTTP_PROXY",
+        "http_proxy",
+    ];
+
+    /// Whether a URL is https, or http to this machine alone.
+    pub fn is_https_or_loopback(url: &str) -> bool {
+        let uri: Uri = url.parse().unwrap_or_default();
+        let host = uri.host().unwrap_or_default();
+        match uri.scheme_str() {
+            Some("https") => !host.is_empty(),
+            Some("http") => is_loopback(host),
+            _ => false,
+        }
+    }
+
+    /// Whether a URL's host is this machine.
+    pub fn is_loopback(host: &str) -> bool {
+        let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+        host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+    }
+
+    /// The certificates of SSL_CERT_FILE, if it is set. None: Mozilla's, which are compiled in.
+    /// Fails with a line.
+    pub fn trusted_roots() -> Result<Option<Vec<Certificate<'static>>>, String> {
+        let Some(path) = env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()) else {
+            return Ok(None);
+        };
+        let unusable = |cause: &str| format!("SSL_CERT_FILE={}: {cause}", path.display());
+        let pem = fs::read(&path).map_err(|e| unusable(&e.to_string()))?;
+
+        let mut roots = Vec::new();
+        for item in ureq::tls::parse_pem(&pem) {
+            if let Ok(PemItem::Certificate(root)) = item {
+                roots.push(root);
+            }
+        }
+        if roots.is_empty() {
+            return Err(unusable("there is no certificate in it"));
+        }
+        Ok(Some(roots))
+    }
+
+    /// The proxy for https, as ureq reads it from the environment: ALL_PROXY, HTTPS_PROXY or
+    /// HTTP_PROXY in this order, and NO_PROXY. Fails with a line if one of them cannot be used.
+    pub fn proxy_from_env() -> Result<Option<Proxy>, String> {
+        for name in PROXY_VARIABLES {
+            let url = env::var(name).unwrap_or_default();
+            let is_http = |proxy: Proxy| {
+                matches!(proxy.protocol(), ProxyProtocol::Http | ProxyProtocol::Https)
+            };
+            if !url.is_empty() && !Proxy::new(&url).is_ok_and(is_http) {
+                return Err(format!(
+                    "{name}: expected a proxy as http://HOST:PORT, or nothing"
+                ));
+            }
+        }
+        Ok(Proxy::try_from_env())
+    }
+
+    /// For requests to `url`: past any proxy to this machine, without redirects and without
+    /// connections that are kept. Fails with a line if the environment has something that cannot
+    /// be used.
+    pub fn web_agent(url: &str) -> Result<Agent, String> {
+        let uri: Uri = url.parse().unwrap_or_default();
+        let proxy = if is_loopback(uri.host().unwrap_or_default()) {
+            None
+        } else {
+            proxy_from_env()?
+        };
+        let roots = match trusted_roots()? {
+            Some(roots) => roots.into(),
+            None => RootCerts::WebPki,
+        };
+
+        let config = Agent::config_builder()
+            .proxy(proxy)
+            .tls_config(TlsConfig::builder().root_certs(roots).build())
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .max_redirects(0)
+            .max_idle_connections(0)
+            .http_status_as_error(false)
+            .accept_encoding("identity")
+            .user_agent(concat!("nix-relay/", env!("CARGO_PKG_VERSION")));
+        Ok(config.build().new_agent())
+    }
+
+    /// The JSON at a URL. Fails with a line that names the URL.
+    pub fn get_json(url: &str, deadline: Instant) -> Result<Value, String> {
+        get(url, deadline).map_err(|e| format!("{url}: {e}"))
+    }
+
+    fn get(url: &str, deadline: Instant) -> Result<Value, String> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let request = web_agent(url)?
+            .get(url)
+            .config()
+            .timeout_global(Some(left))
+            .build();
+        let mut answer = request.call().map_err(|e| e.to_string())?;
+
+        let header = |name| {
+            let value = answer
+                .headers()
+                .get(name)
+                .and_then(|value| value.to_str().ok());
+            value.unwrap_or_default().to_owned()
+        };
+        let (status, coding) = (answer.status(), header(header::CONTENT_ENCODING));
+        let content_type = header(header::CONTENT_TYPE);
+        if status.is_redirection() {
+            let target = header(header::LOCATION);
+            return Err(format!(
+                "status {status}, a redirect to {target:?}, which is not followed"
             ));
         }
+        if status != StatusCode::OK {
+            return Err(format!("status {status}"));
+        }
+        if !coding.is_empty() && coding != "identity" {
+            return Err(format!(
+                "Content-Encoding {coding:?}, though identity was asked for"
+            ));
+        }
+
+        let body = answer
+            .body_mut()
+            .with_config()
+            .limit(MAX_DOCUMENT_BYTES)
+            .read_to_vec();
+        let body = body.map_err(|e| e.to_string())?;
+        parse_json(&body).map_err(|e| format!("not JSON, with Content-Type {content_type:?}: {e}"))
     }
-    let switching = head.switching_protocols()?;
-    let claims = oidc::verify(&relay.issuers, &head.token()?)?;
-    let (arguments, identity) = policy::authorize(&relay.config.rule, &claims)?;
-    let mut gate = relay.wait(secs(relay.config.queue_timeout_secs), |gate| {
-        gate.permits > 0 || gate.signals > 0
-    });
-    if gate.signals > 0 || gate.permits == 0 {
-        let why = if gate.signals > 0 {
-            "the relay is shutting down"
-        } else {
-            "all sessions are in use"
-        };
-        return Err(Answer::new(503, RETRY, &format!("{why}; try again later")));
+
+    /// JSON, behind a byte order mark if there is one (RFC 8259, section 8.1).
+    pub fn parse_json(text: &[u8]) -> serde_json::Result<Value> {
+        serde_json::from_slice(text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(text))
     }
-    (gate.permits, gate.session) = (gate.permits - 1, gate.session + 1);
-    let number = gate.session;
-    drop(gate);
-    let _permit = Held(relay.clone(), |gate| gate.permits += 1);
-    let program = &relay.config.nix_daemon_path;
-    let failed = Answer::new(
-        502,
-        &[],
-        "nix-daemon does not start; the relay's log has the cause",
-    );
-    let daemon = Daemon::spawn(&relay.config, arguments)
-        .map_err(|e| failed.because(format!("{program}: {e}")))?;
-    let session = Session::new(
-        number,
-        &relay.config,
-        socket.clone(),
-        (switching, head.rest),
-        daemon,
-    )
-    .map_err(busy)?;
-    info!("session opened session={number} peer={peer} {identity}");
-    session.run(relay.closing.as_fd());
-    Ok(())
+
+    /// Text that a client or an issuer chose, fit for a line of the log: quoted, escaped, cut
+    /// short.
+    pub fn quoted(text: &str) -> String {
+        format!(
+            "{:?}",
+            text.chars().take(MAX_QUOTED_CHARS).collect::<String>()
+        )
+    }
+
+    /// Text without terminal escapes (ECMA-48) and other control characters.
+    pub fn without_escapes(text: &str) -> String {
+        let mut plain = String::new();
+        let mut chars = text.chars().peekable();
+        while let Some(char) = chars.next() {
+            match (char, chars.peek()) {
+                // A control sequence ends with a letter or the like,
+                ('\u{1b}', Some('[')) => {
+                    chars.next();
+                    chars.find(|char| ('@'..='~').contains(char));
+                }
+                // a command to the operating system with BEL, or with an escape of its own,
+                ('\u{1b}', Some(']')) => {
+                    chars.find(|char| ['\u{7}', '\u{1b}'].contains(char));
+                    chars.next_if_eq(&'\\');
+                }
+                // and all others are two characters.
+                ('\u{1b}', _) => {
+                    chars.next();
+                }
+                _ if char.is_control() && char != '\t' => {}
+                _ => plain.push(char),
+            }
+        }
+        plain
+    }
+
+    pub fn secs(secs: impl Into<u32>) -> Duration {
+        Duration::from_secs(secs.into().into())
+    }
+
+    /// A panic elsewhere must not become one here: what is behind these locks is valid at any time.
+    pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
