@@ -1,39 +1,67 @@
-# Sourced by the commands in test/: goes to the top of the project, and sees to it that what they need is there.
+# Sourced by the commands in test/: goes to the top of the project, and installs what they need.
 # shellcheck shell=bash
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+PATH=$PWD/target/tools/bin:$PATH
 
-# need PROGRAM=PACKAGE…: on Debian installs the packages of programs that are missing; elsewhere names them.
-need() {
-  local pair sudo='' programs=() packages=()
-  PATH=$PWD/target/tools/bin:$PATH
-  command -v cargo >/dev/null || { echo "cargo is missing: install a Rust toolchain first" >&2; exit 1; }
-  for pair; do
-    type -P "${pair%=*}" >/dev/null && continue
-    programs+=("${pair%=*}") packages+=("${pair#*=}")
-  done
-  # websocat links OpenSSL.
-  if ! [[ $(type -P websocat) || -e /usr/include/openssl/ssl.h ]]; then
-    programs+=(OpenSSL) packages+=(libssl-dev)
-  fi
-  if ((${#packages[@]})); then
-    type -P apt-get >/dev/null || { echo "please install: ${programs[*]}" >&2; exit 1; }
-    ((UID == 0)) || sudo=sudo
-    echo "installing with apt-get: ${packages[*]}"
-    $sudo apt-get update -qq
-    # No package is to start the service that it brings.
-    $sudo env DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 \
-      apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
-  fi
-  if ! type -P websocat >/dev/null; then
-    echo "installing with cargo, in target/tools: websocat"
-    cargo install --quiet --locked --root target/tools websocat@1.14.1
-  fi
-  # Where own-store mounts stores, which it could not make without root.
-  [[ -d /var/lib/nix-relay-test ]] || { ((UID == 0)) || sudo=sudo; $sudo mkdir /var/lib/nix-relay-test; }
+# Whether something is there: a program, or one of two libraries.
+has() {
+  case $1 in
+    # Debian's compilers do not depend on it.
+    libc) echo 'int main() {}' | cc -x c -o /dev/null - 2>/dev/null ;;
+    OpenSSL) pkg-config --exists openssl 2>/dev/null ;;
+    *) type -P "$1" >/dev/null ;;
+  esac
 }
 
-# Everything that runs a real nix through client.sh.
+as_root() {
+  if ((UID == 0)); then
+    "$@"
+  elif has sudo; then
+    sudo "$@"
+  else
+    echo "not root, and there is no sudo to run: $*" >&2
+    return 1
+  fi
+}
+
+# need THING=PACKAGE…: on Debian installs the packages of what is missing; elsewhere says what that is.
+need() {
+  local pair things=() packages=()
+  has cargo || { echo "cargo is missing: install a Rust toolchain first" >&2; exit 1; }
+  for pair; do
+    has "${pair%=*}" && continue
+    things+=("${pair%=*}") packages+=("${pair#*=}")
+  done
+  ((${#packages[@]})) || return 0
+  has apt-get || { echo "please install: ${things[*]}" >&2; exit 1; }
+  # Cargo needs them to download crates.
+  packages+=(ca-certificates)
+  echo "installing with apt-get, which takes about a minute: ${packages[*]}"
+  as_root apt-get update -qq
+  # No package may start the service that it brings.
+  as_root env DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 \
+    apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null
+}
+
+# need_crate NAME@VERSION MINUTES: installs a program with cargo in target/tools.
+need_crate() {
+  has "${1%@*}" && return
+  echo "installing with cargo in target/tools, which takes about $2 minutes on two cores: $1"
+  cargo install --locked --root target/tools "$1"
+}
+
+# What runs a real nix with a store of its own.
 need_nix() {
-  need cc=gcc curl=curl jq=jq nix=nix-bin pkg-config=pkg-config unshare=util-linux "$@"
+  need cc=gcc libc=libc6-dev nix=nix-bin unshare=util-linux mount=mount "$@"
+  # Only root can make it. test/support/own-store mounts stores there.
+  [[ -d /var/lib/nix-relay-test ]] || as_root mkdir /var/lib/nix-relay-test
+}
+
+# The same, and what client.sh runs.
+need_client_sh() {
+  # No release of Debian has websocat. Building it takes OpenSSL.
+  has websocat || set -- pkg-config=pkg-config OpenSSL=libssl-dev "$@"
+  need_nix curl=curl jq=jq "$@"
+  need_crate websocat@1.14.1 2
 }
