@@ -118,8 +118,14 @@ fn the_lock_is_accepted_as_it_is() {
 fn the_flake_has_its_outputs() {
     let (runner, source, flake) = flake();
     let stand_in = format!("path:{}", source.path("test/support/nixpkgs").display());
+    // Before 2.16, Nix looked at all systems anyway, and did not know this for all commands.
+    let all_systems: &[&str] = match nix_version() < (2, 16) {
+        true => &[],
+        false => &["--all-systems"],
+    };
     let with = |command: &[&str]| {
-        runner.run(&[command, &["--override-input", "nixpkgs", &stand_in, &flake]].concat())
+        let inputs = ["--override-input", "nixpkgs", &stand_in];
+        runner.run(&[command, all_systems, &inputs, &[&flake]].concat())
     };
     with(&["flake", "check", "--no-build"]);
     let shown: Value = serde_json::from_str(&with(&["flake", "show", "--json"])).unwrap();

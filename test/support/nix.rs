@@ -200,6 +200,26 @@ fn in_store(dir: &Dir, store_path: &str) -> PathBuf {
     )
 }
 
+/// The first two numbers of Nix's version.
+pub fn nix_version() -> (u32, u32) {
+    let output = Command::new("nix").arg("--version").output().unwrap();
+    let (line, _) = texts(&output);
+    let numbers = line.split_whitespace().last().unwrap_or_default();
+    let mut numbers = numbers.split('.').map(|number| number.parse().unwrap());
+    (numbers.next().unwrap(), numbers.next().unwrap())
+}
+
+/// Whether Nix says that it does not accept a path because nobody it trusts has signed it.
+pub fn lacks_signature(log: &str) -> bool {
+    // The first is what 2.8 says, the second is what all after it say.
+    [
+        "lacks a valid signature",
+        "lacks a signature by a trusted key",
+    ]
+    .iter()
+    .any(|words| log.contains(words))
+}
+
 /// Standard output and standard error.
 pub fn texts(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
