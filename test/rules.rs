@@ -1,6 +1,7 @@
 //! Rules: who may connect by the claims of a token, and with which daemon.
 
 use crate::support::*;
+use std::process::Command;
 
 /// A rule that binds these claims, written as TOML.
 fn rule(name: &str, bound_claims: &str, more: &str) -> String {
@@ -334,4 +335,26 @@ fn the_recipes() {
         rules += recipe.matches("[[auth.rule]]").count();
     }
     assert!(rules >= 10, "{rules} rules");
+}
+
+/// A key set and a token made by hand, as nix/providers.md says.
+#[test]
+fn a_token_signed_by_hand() {
+    let page = std::fs::read_to_string(project("nix/providers.md")).unwrap();
+    let (_, own) = page.split_once("## Keys from a file").unwrap();
+    let between = |start: &str, end: &str| {
+        let (_, rest) = own.split_once(start).unwrap();
+        rest.split_once(end).unwrap().0
+    };
+    let dir = Dir::new();
+    let commands = format!("b64(){}", between("b64()", "\n\n"));
+    let output = Command::new("sh")
+        .args(["-ec", &format!("{commands}\nprintf %s $NIX_RELAY_TOKEN")])
+        .current_dir(dir.path(""))
+        .output()
+        .unwrap();
+    let token = String::from_utf8(output.stdout).unwrap();
+    let keys = dir.path("keys.json").display().to_string();
+    let config = between("```toml\n", "```").replace("/etc/nix-relay/keys.json", &keys);
+    relay(&Issuer::start(), &config).connect(&token).close();
 }
