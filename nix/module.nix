@@ -13,10 +13,12 @@ let
   # The file from which the binary has its defaults.
   defaults = builtins.fromTOML (builtins.readFile ../config.example.toml);
   get = table: key: cfg.settings.${table}.${key} or defaults.${table}.${key};
-  listen = if cfg.settings.server.listen == null then defaults.server.listen else cfg.settings.server.listen;
+  listen =
+    if cfg.settings.server.listen == null then defaults.server.listen else cfg.settings.server.listen;
   # Host and port.
   address = builtins.match "(.+):([0-9]+)" listen;
-  isLocal = address != null && builtins.match "127\\..*|localhost|\\[::1]" (builtins.head address) != null;
+  isLocal =
+    address != null && builtins.match "127\\..*|localhost|\\[::1]" (builtins.head address) != null;
   # What was not said is left to the binary.
   said = lib.filterAttrsRecursive (
     name: value: value != null && !(name == "rule" && value == [ ])

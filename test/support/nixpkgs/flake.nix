@@ -21,37 +21,48 @@
         derived
         // attributes
         // {
-          overrideAttrs = change: make system (attributes // change (attributes // { nativeBuildInputs = [ ]; }));
+          overrideAttrs =
+            change: make system (attributes // change (attributes // { nativeBuildInputs = [ ]; }));
         };
       on =
         system:
         let
           make' = make system;
-          program = name: make' { inherit name; meta.mainProgram = name; };
+          program =
+            name:
+            make' {
+              inherit name;
+              meta.mainProgram = name;
+            };
           programs = builtins.listToAttrs (
-            map (name: { inherit name; value = program name; }) [
-              "caddy"
-              "cargo"
-              "clippy"
-              "bash"
-              "coreutils"
-              "curl"
-              "haproxy"
-              "iproute2"
-              "jq"
-              "nginx"
-              "nix"
-              "nixfmt-tree"
-              "openssl"
-              "pkg-config"
-              "rustc"
-              "rustfmt"
-              "shellcheck"
-              "shellcheck-minimal"
-              "systemd"
-              "util-linux"
-              "websocat"
-            ]
+            map
+              (name: {
+                inherit name;
+                value = program name;
+              })
+              [
+                "caddy"
+                "cargo"
+                "clippy"
+                "bash"
+                "coreutils"
+                "curl"
+                "haproxy"
+                "iproute2"
+                "jq"
+                "nginx"
+                "nix"
+                "nixfmt-tree"
+                "openssl"
+                "pkg-config"
+                "rustc"
+                "rustfmt"
+                "shellcheck"
+                "shellcheck-minimal"
+                "systemd"
+                "util-linux"
+                "websocat"
+              ]
           );
           pkgs = programs // {
             inherit (self) lib;
@@ -73,17 +84,48 @@
               shellDryRun = "bash -n";
             };
             writeShellApplication =
-              { name, text, runtimeInputs ? [ ], checkPhase ? "", meta ? { } }:
-              make' { inherit name text runtimeInputs checkPhase; meta = { mainProgram = name; } // meta; };
+              {
+                name,
+                text,
+                runtimeInputs ? [ ],
+                checkPhase ? "",
+                meta ? { },
+              }:
+              make' {
+                inherit
+                  name
+                  text
+                  runtimeInputs
+                  checkPhase
+                  ;
+                meta = {
+                  mainProgram = name;
+                }
+                // meta;
+              };
             glibc.static = program "glibc-static";
-            mkShell = { packages, buildInputs }: make' { name = "shell"; inherit packages buildInputs; };
+            mkShell =
+              { packages, buildInputs }:
+              make' {
+                name = "shell";
+                inherit packages buildInputs;
+              };
             writeText = name: text: make' { inherit name text; };
             testers.runNixOSTest =
               test:
               let
                 value = if builtins.isPath test then import test else test;
               in
-              make' { inherit (value { inherit pkgs; inherit (self) lib; }) name testScript; };
+              make' {
+                inherit
+                  (value {
+                    inherit pkgs;
+                    inherit (self) lib;
+                  })
+                  name
+                  testScript
+                  ;
+              };
           };
         in
         pkgs;
@@ -91,12 +133,17 @@
     {
       lib = import ./lib;
       legacyPackages = builtins.listToAttrs (
-        map (system: { name = system; value = on system; }) [
-          "x86_64-linux"
-          "aarch64-linux"
-          "x86_64-darwin"
-          "aarch64-darwin"
-        ]
+        map
+          (system: {
+            name = system;
+            value = on system;
+          })
+          [
+            "x86_64-linux"
+            "aarch64-linux"
+            "x86_64-darwin"
+            "aarch64-darwin"
+          ]
       );
     };
 }

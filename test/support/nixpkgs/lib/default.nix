@@ -21,7 +21,16 @@ let
     ;
   fails = at: what: throw "${builtins.concatStringsSep "." at}: ${what}";
   is = kind: value: isAttrs value && value._type or null == kind;
-  nub = names: attrNames (listToAttrs (map (name: { inherit name; value = null; }) names));
+  nub =
+    names:
+    attrNames (
+      listToAttrs (
+        map (name: {
+          inherit name;
+          value = null;
+        }) names
+      )
+    );
 
   # Definitions with their mkIf and mkDefault taken off; defaults only where there is nothing else.
   settle =
@@ -70,26 +79,51 @@ let
           below = at ++ [ name ];
         in
         if !options ? ${name} then
-          if freeform == null then fails below "no such option" else freeform below (settle (under name definitions))
+          if freeform == null then
+            fails below "no such option"
+          else
+            freeform below (settle (under name definitions))
         else if is "option" options.${name} then
           merge below options.${name} (under name definitions)
         else
           build freeform below options.${name} (under name definitions);
       names = nub (attrNames options ++ concatMap (d: attrNames (members d)) definitions);
-      value = listToAttrs (map (name: { inherit name; value = build' name; }) names);
+      value = listToAttrs (
+        map (name: {
+          inherit name;
+          value = build' name;
+        }) names
+      );
       unknown = filter (name: !options ? ${name}) names;
     in
     # Unused, they would never be looked at.
     if freeform == null && unknown != [ ] then build' (head unknown) else value;
 
-  one = what: check: at: values: if !all check values then fails at "not ${what}" else
-    if all (value: value == head values) values then head values else fails at "defined twice";
+  one =
+    what: check: at: values:
+    if !all check values then
+      fails at "not ${what}"
+    else if all (value: value == head values) values then
+      head values
+    else
+      fails at "defined twice";
 
   lib = {
     mkOption = option: option // { _type = "option"; };
-    mkEnableOption = _: lib.mkOption { type = lib.types.bool; default = false; };
-    mkIf = condition: content: { _type = "if"; inherit condition content; };
-    mkDefault = content: { _type = "default"; inherit content; };
+    mkEnableOption =
+      _:
+      lib.mkOption {
+        type = lib.types.bool;
+        default = false;
+      };
+    mkIf = condition: content: {
+      _type = "if";
+      inherit condition content;
+    };
+    mkDefault = content: {
+      _type = "default";
+      inherit content;
+    };
     literalMD = text: text;
 
     # A type takes a place and at least one definition, and makes one value of them.
@@ -97,27 +131,54 @@ let
       bool = one "a boolean" isBool;
       str = one "a string" isString;
       package = one "a package" (value: value.type or null == "derivation");
-      nullOr = type: at: values: if all (value: value == null) values then null else type at values;
-      either = a: b: at: values: if isString (head values) then a at values else b at values;
-      listOf = type: at: values: if !all isList values then fails at "not a list" else
-        map (value: type at [ value ]) (concatLists values);
-      attrsOf = type: at: values: if !all isAttrs values then fails at "not a set" else
-        mapAttrs (name: _: type (at ++ [ name ]) (settle (under name values)))
-          (listToAttrs (map (name: { inherit name; value = null; })
-            (filter (name: settle (under name values) != [ ]) (concatMap (d: attrNames (members d)) values))));
-      anything = at: values:
+      nullOr =
+        type: at: values:
+        if all (value: value == null) values then null else type at values;
+      either =
+        a: b: at: values:
+        if isString (head values) then a at values else b at values;
+      listOf =
+        type: at: values:
+        if !all isList values then
+          fails at "not a list"
+        else
+          map (value: type at [ value ]) (concatLists values);
+      attrsOf =
+        type: at: values:
+        if !all isAttrs values then
+          fails at "not a set"
+        else
+          mapAttrs (name: _: type (at ++ [ name ]) (settle (under name values))) (
+            listToAttrs (
+              map (name: {
+                inherit name;
+                value = null;
+              }) (filter (name: settle (under name values) != [ ]) (concatMap (d: attrNames (members d)) values))
+            )
+          );
+      anything =
+        at: values:
         if all (value: isAttrs value && value.type or null != "derivation") values then
           lib.types.attrsOf lib.types.anything at values
-        else if length values == 1 then head values
-        else if all isList values then concatLists values
-        else one "anything" (_: true) at values;
-      submodule = { freeformType ? null, options }: at: values: build freeformType at options values;
+        else if length values == 1 then
+          head values
+        else if all isList values then
+          concatLists values
+        else
+          one "anything" (_: true) at values;
+      submodule =
+        {
+          freeformType ? null,
+          options,
+        }:
+        at: values: build freeformType at options values;
     };
 
     evalModules =
       { modules, specialArgs }:
       let
-        called = module: if isFunction module then module (specialArgs // { inherit config lib; }) else module;
+        called =
+          module: if isFunction module then module (specialArgs // { inherit config lib; }) else module;
         parts = map called modules;
         merged =
           a: b:
@@ -130,19 +191,32 @@ let
           map (part: if part ? config || part ? options then part.config or { } else part) parts
         );
       in
-      { inherit config options; };
+      {
+        inherit config options;
+      };
 
     assertMsg = condition: message: condition || throw message;
-    fileset.toSource = { root, fileset }: if all builtins.pathExists fileset then root else throw "no such file";
+    fileset.toSource =
+      { root, fileset }: if all builtins.pathExists fileset then root else throw "no such file";
     fileset.unions = files: files;
-    genAttrs = names: f: listToAttrs (map (name: { inherit name; value = f name; }) names);
+    genAttrs =
+      names: f:
+      listToAttrs (
+        map (name: {
+          inherit name;
+          value = f name;
+        }) names
+      );
     licenses.mit = "MIT";
     optionalString = condition: text: if condition then text else "";
     getExe = package: "${package}/bin/${package.meta.mainProgram}";
     getExe' = package: name: "${package}/bin/${name}";
     last = list: elemAt list (length list - 1);
     platforms.linux = [ "linux" ];
-    platforms.unix = [ "linux" "darwin" ];
+    platforms.unix = [
+      "linux"
+      "darwin"
+    ];
     removePrefix =
       prefix: text:
       let
@@ -152,10 +226,20 @@ let
     toInt = builtins.fromJSON;
     filterAttrsRecursive =
       keep: set:
-      listToAttrs (concatMap (name: if !keep name set.${name} then [ ] else [ {
-        inherit name;
-        value = if isAttrs set.${name} then lib.filterAttrsRecursive keep set.${name} else set.${name};
-      } ]) (attrNames set));
+      listToAttrs (
+        concatMap (
+          name:
+          if !keep name set.${name} then
+            [ ]
+          else
+            [
+              {
+                inherit name;
+                value = if isAttrs set.${name} then lib.filterAttrsRecursive keep set.${name} else set.${name};
+              }
+            ]
+        ) (attrNames set)
+      );
   };
 in
 lib
