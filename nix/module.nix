@@ -11,23 +11,53 @@ let
   toml = pkgs.formats.toml { };
 
   # The file from which the binary has its defaults.
-  defaults = builtins.fromTOML (builtins.readFile ../config.example.toml);
-  get = table: key: cfg.settings.${table}.${key} or defaults.${table}.${key};
-  listen =
-    if cfg.settings.server.listen == null then defaults.server.listen else cfg.settings.server.listen;
-  # Host and port.
-  address = builtins.match "(.+):([0-9]+)" listen;
+  defaults = lib.importTOML ../config.example.toml;
+  get =
+    table: key:
+    let
+      value = cfg.settings.${table}.${key};
+    in
+    if value == null then defaults.${table}.${key} else value;
+
+  listen = get "server" "listen";
+  # Host and port; null if it is not that.
+  address =
+    let
+      parts = builtins.match "(.+):0*([1-9][0-9]{0,4})" listen;
+    in
+    if parts == null || port parts > 65535 then null else parts;
+  port = parts: lib.toInt (lib.last parts);
   isLocal =
     address != null && builtins.match "127\\..*|localhost|\\[::1]" (builtins.head address) != null;
-  # What was not said is left to the binary.
-  said = lib.filterAttrsRecursive (
-    name: value: value != null && !(name == "rule" && value == [ ])
-  ) cfg.settings;
+  # systemd looks up no names.
+  isNumeric =
+    address != null && builtins.match "[0-9.]+|\\[[0-9a-fA-F:.]+]" (builtins.head address) != null;
+
+  # What is not set is left to the binary.
+  isSet =
+    name: value:
+    value != null && !(name == "rule" && value == [ ]) && !(name == "jwks_files" && value == { });
+  written = lib.filterAttrsRecursive isSet (
+    lib.recursiveUpdate cfg.settings { auth.rule = map (lib.filterAttrs isSet) cfg.settings.auth.rule; }
+  );
+
+  claim = types.oneOf [
+    types.str
+    types.int
+    types.bool
+  ];
+  seconds =
+    description:
+    mkOption {
+      type = types.nullOr types.ints.unsigned;
+      default = null;
+      inherit description;
+    };
 
   configFile =
     pkgs.runCommand "nix-relay.toml"
       {
-        written = toml.generate "nix-relay.toml" said;
+        written = toml.generate "nix-relay.toml" written;
         # What cannot run here checks it when it starts.
         check = lib.optionalString (pkgs.stdenv.buildPlatform.canExecute pkgs.stdenv.hostPlatform) (
           lib.getExe cfg.package
@@ -68,11 +98,20 @@ in
             example = "[::]:8080";
             description = "Address or host name, and port.";
           };
+          server.shutdown_grace_secs = seconds "How long running sessions may go on after SIGTERM.";
+          daemon.timeout_secs = seconds "The longest session.";
+          daemon.queue_timeout_secs = seconds "How long a client may wait for a session to end.";
           auth.allowed_org = mkOption {
             type = types.nullOr types.str;
             default = null;
             example = "your-organisation";
             description = "Whose jobs may build here: the `repository_owner` of their tokens, letter case aside.";
+          };
+          auth.jwks_files = mkOption {
+            type = types.attrsOf types.path;
+            default = { };
+            example."https://kubernetes.default.svc" = "/etc/nix-relay/kubernetes.json";
+            description = "Files with the keys of issuers from which the relay cannot fetch them.";
           };
           auth.rule = mkOption {
             description = "Who else may; the first rule that matches decides.";
@@ -86,7 +125,7 @@ in
                   description = "What the log calls it.";
                 };
                 options.bound_claims = mkOption {
-                  type = types.attrsOf (types.either types.str (types.listOf types.str));
+                  type = types.attrsOf (types.either claim (types.listOf claim));
                   default = { };
                   example = {
                     namespace_path = "group";
@@ -95,7 +134,12 @@ in
                       "release-*"
                     ];
                   };
-                  description = "What the claims of a token must be, all of them; `*` is any run of characters.";
+                  description = "What the claims of a token must be, all of them; nix/providers.md has patterns.";
+                };
+                options.max_connections = mkOption {
+                  type = types.nullOr types.ints.positive;
+                  default = null;
+                  description = "How many sessions those whom it lets in may have at once.";
                 };
               }
             );
@@ -108,6 +152,16 @@ in
       type = types.bool;
       default = false;
       description = "Whether the firewall lets the port of `settings.server.listen` be reached.";
+    };
+
+    socketActivation = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether systemd holds the port, so that connections wait while the relay restarts, and none is refused. Once
+        `settings.server.listen` has changed, this takes `systemctl restart nix-relay.socket nix-relay.service`:
+        NixOS leaves a socket that is in use as it is.
+      '';
     };
 
     trustClients = mkOption {
@@ -129,8 +183,7 @@ in
     };
 
     nginx.domain = mkOption {
-      type = types.nullOr types.str;
-      default = null;
+      type = types.str;
       example = "relay.example.com";
       description = "The name by which clients reach the relay.";
     };
@@ -159,8 +212,8 @@ in
         message = "With services.nix-relay.nginx.enable, tokens need not pass ${listen} unencrypted: set services.nix-relay.settings.server.listen to an address of loopback, or not at all.";
       }
       {
-        assertion = cfg.nginx.enable -> cfg.nginx.domain != null;
-        message = "nginx needs a name for nix-relay: set services.nix-relay.nginx.domain to the host in the clients' NIX_RELAY_URL.";
+        assertion = cfg.socketActivation -> isNumeric;
+        message = "systemd cannot listen on the name in \"${listen}\" for nix-relay: set services.nix-relay.settings.server.listen to an IP address and port, or services.nix-relay.socketActivation to false.";
       }
     ];
 
@@ -177,33 +230,52 @@ in
     nix.settings.extra-allowed-users = [ "nix-relay" ];
     nix.settings.extra-trusted-users = lib.mkIf cfg.trustClients [ "nix-relay" ];
 
-    # nix-relay.service, with what is different here; all else is said there.
+    # The units of the package, with what is different here; all else is said there. Without `asDropin`, NixOS would
+    # make a unit of this alone where the package brings none, and run the relay as root.
     systemd.packages = [ cfg.package ];
     systemd.services.nix-relay = {
+      overrideStrategy = "asDropin";
       wantedBy = [ "multi-user.target" ];
-      # With those of security.pki.
-      environment.SSL_CERT_FILE = "/etc/ssl/certs/ca-certificates.crt";
+      requires = lib.mkIf cfg.socketActivation [ "nix-relay.socket" ];
+      # At a switch, the old relay goes on until the new one can start.
+      stopIfChanged = false;
+      environment = lib.mapAttrs (_: lib.mkDefault) (
+        config.networking.proxy.envVars
+        // {
+          # With those of security.pki.
+          SSL_CERT_FILE = "/etc/ssl/certs/ca-certificates.crt";
+        }
+      );
       serviceConfig = {
         ExecStart = [
           ""
           "${lib.getExe cfg.package} ${configFile}"
         ];
         # After the grace, sessions have 19 seconds to end.
-        TimeoutStopSec = get "server" "shutdown_grace_secs" + 30;
+        TimeoutStopSec = lib.mkDefault (get "server" "shutdown_grace_secs" + 30);
       };
+    };
+    systemd.sockets.nix-relay = lib.mkIf cfg.socketActivation {
+      overrideStrategy = "asDropin";
+      wantedBy = [ "sockets.target" ];
+      socketConfig.ListenStream = [
+        ""
+        listen
+      ];
     };
 
     networking.firewall.allowedTCPPorts = lib.mkIf (cfg.openFirewall && address != null) [
-      (lib.toInt (lib.last address))
+      (port address)
     ];
 
     services.nginx = lib.mkIf cfg.nginx.enable {
       enable = true;
-      virtualHosts.${toString cfg.nginx.domain} = {
+      virtualHosts.${cfg.nginx.domain} = {
         enableACME = lib.mkDefault true;
         forceSSL = lib.mkDefault true;
         # Tokens may be long.
         extraConfig = "large_client_header_buffers 4 16k;";
+        locations."/".return = "404";
         locations."= /relay" = {
           proxyPass = "http://${listen}";
           proxyWebsockets = true;

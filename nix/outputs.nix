@@ -14,6 +14,12 @@ let
   known = builtins.filter (system: nixpkgs.legacyPackages ? ${system});
   on = systems: f: lib.genAttrs (known systems) (system: f nixpkgs.legacyPackages.${system});
   own = pkgs: import ./. { inherit pkgs; };
+  nixosModules = rec {
+    # By its path, so that it counts once under both names, and errors name it. `nix flake check` of Nix 2.8 refuses a
+    # bare path.
+    nix-relay.imports = [ ./module.nix ];
+    default = nix-relay;
+  };
 in
 {
   packages =
@@ -25,17 +31,18 @@ in
 
   overlays.default = final: _: own final;
 
-  nixosModules = rec {
-    nix-relay = import ./module.nix;
-    default = nix-relay;
-  };
+  inherit nixosModules;
 
   devShells = on linux (pkgs: {
     default = import ./shell.nix { inherit pkgs; };
   });
 
-  apps = on linux (pkgs: rec {
-    default = demo;
+  apps = on linux (pkgs: {
+    default = {
+      type = "app";
+      program = lib.getExe (own pkgs).nix-relay;
+      meta.description = "The relay: `nix run . -- CONFIG.toml`";
+    };
     demo = {
       type = "app";
       program = lib.getExe (import ./demo.nix pkgs);
@@ -45,5 +52,5 @@ in
 
   formatter = on (linux ++ darwin) (pkgs: pkgs.nixfmt-tree);
 
-  checks = on linux (pkgs: import ./checks.nix { inherit pkgs; });
+  checks = on linux (pkgs: import ./checks.nix { inherit nixpkgs nixosModules pkgs; });
 }

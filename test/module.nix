@@ -27,6 +27,16 @@ let
     meta.mainProgram = name;
   };
 
+  inherit
+    (import ../nix/outputs.nix {
+      nixpkgs = {
+        inherit lib;
+        legacyPackages = { };
+      };
+    })
+    nixosModules
+    ;
+
   # As much of nixpkgs as the module uses. A configuration file is its own path, so that it can be seen.
   pkgs = {
     callPackage = _: _: package "nix-relay";
@@ -43,21 +53,10 @@ let
   };
 
   # And as much of NixOS.
-  nixos.options =
-    let
-      option = type: default: lib.mkOption { inherit type default; };
-    in
-    {
-      assertions = option (listOf anything) [ ];
-      networking.firewall.allowedTCPPorts = option (listOf anything) [ ];
-      nix.package = option anything (package "nix");
-      nix.settings = option (attrsOf anything) { };
-      services.nginx = option anything { };
-      systemd.packages = option (listOf anything) [ ];
-      systemd.services = option (attrsOf anything) { };
-      users.groups = option (attrsOf anything) { };
-      users.users = option (attrsOf anything) { };
-    };
+  nixos = import ./support/nixpkgs/nixos.nix {
+    inherit lib;
+    nix = package "nix";
+  };
 
   # What a machine with this configuration has of nix-relay.
   see =
@@ -66,7 +65,9 @@ let
       inherit
         (lib.evalModules {
           modules = [
-            (import ../nix/module.nix)
+            # Under both names, as one may import it.
+            nixosModules.default
+            nixosModules.nix-relay
             nixos
             configuration
           ];
@@ -84,12 +85,14 @@ let
       toml = builtins.fromJSON (head start);
       ports = config.networking.firewall.allowedTCPPorts;
       nix = config.nix.settings;
-      inherit (config.systemd) packages services;
+      inherit (config.systemd) packages services sockets;
+      inherit unit;
       inherit (config) users;
       inherit (config.services) nginx;
       reset = head unit.serviceConfig.ExecStart;
       stop = unit.serviceConfig.TimeoutStopSec;
       location = config.services.nginx.virtualHosts."relay.example.com".locations."= /relay";
+      elsewhere = config.services.nginx.virtualHosts."relay.example.com".locations."/";
     };
 
   with' = relay: {
@@ -142,6 +145,23 @@ let
       repository = "org/*";
     };
   };
+  full = {
+    jwks_files."https://gitlab.example.com" = "/etc/gitlab.json";
+    rule = {
+      name = "all";
+      issuer = "https://gitlab.example.com";
+      bound_claims = {
+        ref_protected = true;
+        project_id = 7;
+        user_id = [
+          1
+          "2"
+          false
+        ];
+      };
+      max_connections = 4;
+    };
+  };
   own.daemon.nix_daemon_path = "/nix/bin/nix-daemon";
 
   # What is given; and what is seen then, where a function says whether it is right.
@@ -153,6 +173,7 @@ let
         ports = [ ];
         packages = [ ];
         services = { };
+        sockets = { };
         nix = { };
         nginx = { };
       };
@@ -178,11 +199,84 @@ let
             isSystemUser = true;
           };
         };
-        services =
-          services:
-          attrNames services == [ "nix-relay" ]
-          && services.nix-relay.wantedBy == [ "multi-user.target" ]
-          && services.nix-relay.environment == { SSL_CERT_FILE = "/etc/ssl/certs/ca-certificates.crt"; };
+        sockets = { };
+        services = services: attrNames services == [ "nix-relay" ];
+        # With a package that lacks the unit, systemd has none of that name, and starts nothing.
+        unit =
+          unit:
+          unit.overrideStrategy == "asDropin"
+          && !unit ? requires
+          && !unit.stopIfChanged
+          && unit.wantedBy == [ "multi-user.target" ]
+          && unit.environment == { SSL_CERT_FILE = "/etc/ssl/certs/ca-certificates.crt"; };
+      };
+    };
+    proxy = {
+      given = settings { } // {
+        networking.proxy.envVars.https_proxy = "http://proxy:3128";
+      };
+      seen.unit =
+        unit:
+        unit.environment == {
+          https_proxy = "http://proxy:3128";
+          SSL_CERT_FILE = "/etc/ssl/certs/ca-certificates.crt";
+        };
+    };
+    overridden = {
+      given = settings { } // {
+        networking.proxy.envVars.https_proxy = "http://proxy:3128";
+        systemd.services.nix-relay = {
+          environment = {
+            https_proxy = "http://other:3128";
+            SSL_CERT_FILE = "/own.pem";
+          };
+          serviceConfig.TimeoutStopSec = "2h";
+        };
+      };
+      seen = {
+        stop = "2h";
+        unit =
+          unit:
+          unit.environment == {
+            https_proxy = "http://other:3128";
+            SSL_CERT_FILE = "/own.pem";
+          };
+      };
+    };
+    socket = {
+      given = with' {
+        socketActivation = true;
+        settings.auth.allowed_org = "org";
+      };
+      seen = {
+        wrong = [ ];
+        unit = unit: unit.requires == [ "nix-relay.socket" ];
+        sockets.nix-relay = {
+          overrideStrategy = "asDropin";
+          wantedBy = [ "sockets.target" ];
+          socketConfig.ListenStream = [
+            ""
+            "0.0.0.0:8080"
+          ];
+        };
+      };
+    };
+    socket-ipv6 = {
+      given = with' {
+        socketActivation = true;
+        settings = {
+          auth.allowed_org = "org";
+          server.listen = "[::]:443";
+        };
+      };
+      seen = {
+        wrong = [ ];
+        sockets =
+          sockets:
+          sockets.nix-relay.socketConfig.ListenStream == [
+            ""
+            "[::]:443"
+          ];
       };
     };
     everything = {
@@ -200,6 +294,7 @@ let
           nix_daemon_path = "/other";
           extra_args = [ ];
           timeout_secs = 60;
+          queue_timeout_secs = 0;
         };
       };
       seen = {
@@ -219,6 +314,7 @@ let
             nix_daemon_path = "/other";
             extra_args = [ ];
             timeout_secs = 60;
+            queue_timeout_secs = 0;
           };
         };
       };
@@ -229,6 +325,30 @@ let
         wrong = [ ];
         toml = own // {
           auth.rule = [ rule ];
+          server = { };
+        };
+      };
+    };
+    all-that-a-rule-may-say = {
+      given = with' {
+        settings.auth = {
+          inherit (full) jwks_files;
+          rule = [
+            full.rule
+            rule
+          ];
+        };
+      };
+      seen = {
+        wrong = [ ];
+        toml = own // {
+          auth = {
+            inherit (full) jwks_files;
+            rule = [
+              full.rule
+              rule
+            ];
+          };
           server = { };
         };
       };
@@ -304,6 +424,9 @@ let
           nginx.enable
           && nginx.virtualHosts."relay.example.com".forceSSL
           && nginx.virtualHosts."relay.example.com".enableACME;
+        elsewhere = {
+          return = "404";
+        };
         location = {
           proxyPass = "http://127.0.0.1:8080";
           proxyWebsockets = true;
@@ -360,6 +483,17 @@ let
         ports = [ ];
       };
     };
+    no-such-port = {
+      given = open "0.0.0.0:65536";
+      seen = {
+        wrong = wrong ".*\"0.0.0.0:65536\": set .*server.listen .*";
+        ports = [ ];
+      };
+    };
+    no-port-at-all = {
+      given = open "0.0.0.0:0";
+      seen.wrong = wrong ".*\"0.0.0.0:0\": set .*server.listen .*";
+    };
     no-number = {
       given = listen "host:http";
       seen.wrong = wrong ".*\"host:http\": set .*server.listen .*";
@@ -386,12 +520,15 @@ let
       given = nginx { server.listen = "0.0.0.0:80"; };
       seen.wrong = wrong ".*0.0.0.0:80 unencrypted: set services.nix-relay.settings.server.listen .*";
     };
-    nginx-without-a-name = {
+    socket-for-a-name = {
       given = with' {
-        nginx.enable = true;
-        settings.auth.allowed_org = "org";
+        socketActivation = true;
+        settings = {
+          auth.allowed_org = "org";
+          server.listen = "host:80";
+        };
       };
-      seen.wrong = wrong ".*set services.nix-relay.nginx.domain .*";
+      seen.wrong = wrong ".*\"host:80\" .*server.listen .*socketActivation to false\\.";
     };
   };
   wrong = pattern: messages: builtins.length messages == 1 && match pattern (head messages) != null;
@@ -402,6 +539,27 @@ let
     listen-is-a-number = listen 8080;
     organisation-is-a-list = with' { settings.auth.allowed_org = [ "org" ]; };
     rule-without-a-name = with' { settings.auth.rule = [ { bound_claims.ref = "main"; } ]; };
+    claim-is-a-fraction = with' {
+      settings.auth.rule = [
+        {
+          name = "x";
+          bound_claims.ref = 1.5;
+        }
+      ];
+    };
+    rule-for-nobody = with' {
+      settings.auth.rule = [
+        {
+          name = "x";
+          bound_claims.ref = "x";
+          max_connections = 0;
+        }
+      ];
+    };
+    keys-somewhere = settings { auth.jwks_files."https://example.com" = "keys.json"; };
+    grace-is-a-text = settings { server.shutdown_grace_secs = "30"; };
+    timeout-is-a-text = settings { daemon.timeout_secs = "3600"; };
+    queue-timeout-is-negative = settings { daemon.queue_timeout_secs = -1; };
     claim-is-a-set = with' {
       settings.auth.rule = [
         {
@@ -414,6 +572,12 @@ let
   accepted = filter (
     name: (builtins.tryEval (builtins.deepSeq (see refused.${name}).toml true)).success
   ) (attrNames refused);
+
+  # nginx without a name is refused as soon as somebody looks at nginx.
+  nameless = with' {
+    nginx.enable = true;
+    settings.auth.allowed_org = "org";
+  };
 
   judge =
     name:
@@ -440,6 +604,12 @@ in
         inherit name;
         value = "evaluates";
       }) accepted
+    )
+    // (
+      if (builtins.tryEval (builtins.deepSeq (see nameless).nginx true)).success then
+        { nameless = "evaluates"; }
+      else
+        { }
     );
   service = (see situations.least.given).services.nix-relay.serviceConfig;
   written = listToAttrs (

@@ -150,7 +150,7 @@ fn the_flake_has_its_outputs() {
         );
         assert_eq!(
             names(&shown["checks"][system]),
-            "lints module nix-relay nix-relay-client nixos"
+            "example lints module nix-relay nix-relay-client nixos"
         );
         assert_eq!(names(&shown["devShells"][system]), "default");
         assert_eq!(names(&shown["apps"][system]), "default demo");
@@ -169,6 +169,33 @@ fn the_flake_has_its_outputs() {
     assert_eq!(names(&shown["overlays"]), "default");
 }
 
+/// The script that makes the package, with the binary under test.
+#[test]
+fn on_linux_the_client_is_the_binary_under_both_names() {
+    let (runner, source, flake) = flake();
+    let stand_in = format!("path:{}", source.path("test/support/nixpkgs").display());
+    let attribute = |name: &str| {
+        let attribute = format!("{flake}#packages.x86_64-linux.{name}");
+        let rest = ["--override-input", "nixpkgs", &stand_in, &attribute];
+        runner.run(&[&["eval", "--raw"], &rest[..]].concat())
+    };
+    let binary = format!("{}/bin/nix-relay", attribute("nix-relay-static"));
+    let script = attribute("nix-relay-client.script");
+    let script = script.replace(&binary, env!("CARGO_BIN_EXE_nix-relay"));
+    let out = Dir::new();
+    let mut made = Command::new("sh");
+    made.args(["-euc", &script]).env("out", out.path(""));
+    assert!(made.status().unwrap().success(), "{script}");
+    for name in ["nix-relay", "nix-relay-client"] {
+        let program = out.path("bin").join(name);
+        let (version, _) = texts(&Command::new(program).arg("--version").output().unwrap());
+        assert_eq!(
+            version,
+            concat!("nix-relay ", env!("CARGO_PKG_VERSION"), "\n")
+        );
+    }
+}
+
 /// As other distributions have it, and as NixOS changes it.
 #[test]
 fn systemd_takes_the_unit_and_finds_it_safe() {
@@ -179,6 +206,11 @@ fn systemd_takes_the_unit_and_finds_it_safe() {
         "nix-relay.service",
         &unit.replace("/usr/local/bin/nix-relay", program),
     );
+    fs::copy(
+        project("nix/nix-relay.socket"),
+        dir.path("nix-relay.socket"),
+    )
+    .unwrap();
     let analyze = |arguments: &[&str]| {
         let mut command = Command::new("systemd-analyze");
         command
@@ -194,6 +226,8 @@ fn systemd_takes_the_unit_and_finds_it_safe() {
         out
     };
     analyze(&["verify", "--man=no"]);
+    let socket = dir.path("nix-relay.socket").display().to_string();
+    analyze(&["verify", "--man=no", &socket]);
     let exposure = analyze(&["security", "--offline=yes", "--threshold=15"]);
 
     let mut lines = "[Service]\n".to_owned();

@@ -8,7 +8,10 @@
       make =
         system: attributes:
         let
-          given = removeAttrs attributes [ "meta" ];
+          given = removeAttrs attributes [
+            "meta"
+            "passthru"
+          ];
           derived = derivation (
             given
             // {
@@ -20,9 +23,16 @@
         in
         derived
         // attributes
+        // attributes.passthru or { }
         // {
           overrideAttrs =
-            change: make system (attributes // change (attributes // { nativeBuildInputs = [ ]; }));
+            change:
+            make system (
+              attributes
+              // (
+                if builtins.isFunction change then change (attributes // { nativeBuildInputs = [ ]; }) else change
+              )
+            );
         };
       on =
         system:
@@ -81,8 +91,25 @@
               make' (removeAttrs attributes [ "cargoLock" ] // { inherit (attributes) meta; });
             stdenv = {
               cc = program "cc";
-              shellDryRun = "bash -n";
+              buildPlatform.canExecute = _: true;
+              hostPlatform = {
+                inherit system;
+                isLinux = builtins.match ".*-linux" system != null;
+              };
             };
+            formats.toml = _: {
+              type = self.lib.types.anything;
+              generate =
+                name: value:
+                make' {
+                  inherit name;
+                  text = builtins.toJSON value;
+                };
+            };
+            runCommand =
+              name: attributes: script:
+              make' (attributes // { inherit name script; });
+            runCommandLocal = pkgs.runCommand;
             writeShellApplication =
               {
                 name,
@@ -111,27 +138,57 @@
                 inherit packages buildInputs;
               };
             writeText = name: text: make' { inherit name text; };
+            # Its machines are evaluated, too.
             testers.runNixOSTest =
-              test:
+              file:
               let
-                value = if builtins.isPath test then import test else test;
+                test = import file {
+                  inherit pkgs;
+                  inherit (self) lib;
+                };
               in
               make' {
-                inherit
-                  (value {
-                    inherit pkgs;
-                    inherit (self) lib;
-                  })
-                  name
-                  testScript
-                  ;
+                inherit (test) name testScript;
+                nodes = map (node: (machine pkgs [ node ]).config.system.build.toplevel.drvPath) (
+                  builtins.attrValues test.nodes
+                );
               };
           };
         in
         pkgs;
+
+      # What NixOS would make of these modules, if nothing is wrong with them; as text, since nobody builds it.
+      machine =
+        pkgs: modules:
+        let
+          nixos = import ./nixos.nix {
+            inherit (self) lib;
+            inherit (pkgs) nix;
+          };
+          inherit
+            (self.lib.evalModules {
+              modules = [ nixos ] ++ modules;
+              specialArgs = { inherit pkgs; };
+              freeform = self.lib.types.anything;
+            })
+            config
+            ;
+          wrong = builtins.filter (a: !a.assertion) config.assertions;
+        in
+        {
+          config = config // {
+            system.build.toplevel.drvPath =
+              if wrong != [ ] then
+                throw (builtins.head wrong).message
+              else
+                builtins.toJSON (config // { services = { inherit (config.services) nginx; }; });
+          };
+        };
     in
     {
-      lib = import ./lib;
+      lib = import ./lib // {
+        nixosSystem = { modules }: machine self.legacyPackages.x86_64-linux modules;
+      };
       legacyPackages = builtins.listToAttrs (
         map
           (system: {

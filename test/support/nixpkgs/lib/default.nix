@@ -8,15 +8,19 @@ let
     concatMap
     elemAt
     filter
+    foldl'
     head
     isAttrs
     isBool
     isFunction
+    isInt
     isList
+    isPath
     isString
     length
     listToAttrs
     mapAttrs
+    substring
     tail
     ;
   fails = at: what: throw "${builtins.concatStringsSep "." at}: ${what}";
@@ -32,22 +36,22 @@ let
       )
     );
 
-  # Definitions with their mkIf and mkDefault taken off; defaults only where there is nothing else.
+  # Definitions with their mkIf, mkDefault and mkForce taken off; only those of the lowest number, as in nixpkgs.
   settle =
     definitions:
     let
       open =
-        default: value:
+        priority: value:
         if is "if" value then
-          if value.condition then open default value.content else [ ]
-        else if is "default" value then
-          open true value.content
+          if value.condition then open priority value.content else [ ]
+        else if is "override" value then
+          open value.priority value.content
         else
-          [ { inherit default value; } ];
-      found = concatMap (open false) definitions;
-      firm = filter (d: !d.default) found;
+          [ { inherit priority value; } ];
+      found = concatMap (open 100) definitions;
+      lowest = foldl' (a: b: if b.priority < a then b.priority else a) 1000 found;
     in
-    map (d: d.value) (if firm == [ ] then found else firm);
+    map (d: d.value) (filter (d: d.priority == lowest) found);
 
   # A condition on a set is one on each of its members, so that nobody needs it before it is known.
   members =
@@ -63,7 +67,7 @@ let
       settled = settle definitions;
     in
     if settled != [ ] then
-      option.type at settled
+      option.type.merge at settled
     else if option ? default then
       option.default
     else
@@ -82,7 +86,7 @@ let
           if freeform == null then
             fails below "no such option"
           else
-            freeform below (settle (under name definitions))
+            freeform.merge below (settle (under name definitions))
         else if is "option" options.${name} then
           merge below options.${name} (under name definitions)
         else
@@ -99,14 +103,22 @@ let
     # Unused, they would never be looked at.
     if freeform == null && unknown != [ ] then build' (head unknown) else value;
 
-  one =
-    what: check: at: values:
-    if !all check values then
-      fails at "not ${what}"
-    else if all (value: value == head values) values then
-      head values
-    else
-      fails at "defined twice";
+  # A type says which values it takes, and makes one of all that settle leaves of an option.
+  one = what: check: {
+    inherit check;
+    merge =
+      at: values:
+      if !all check values then
+        fails at "not ${what}"
+      else if all (value: value == head values) values then
+        head values
+      else
+        fails at "defined twice";
+  };
+  many = what: check: merge: {
+    inherit check;
+    merge = at: values: if !all check values then fails at "not ${what}" else merge at values;
+  };
 
   lib = {
     mkOption = option: option // { _type = "option"; };
@@ -120,75 +132,120 @@ let
       _type = "if";
       inherit condition content;
     };
-    mkDefault = content: {
-      _type = "default";
-      inherit content;
+    mkDefault = lib.mkOverride 1000;
+    mkForce = lib.mkOverride 50;
+    mkOverride = priority: content: {
+      _type = "override";
+      inherit priority content;
     };
     literalMD = text: text;
 
-    # A type takes a place and at least one definition, and makes one value of them.
     types = {
       bool = one "a boolean" isBool;
+      int = one "an integer" isInt;
+      ints.unsigned = one "an integer, 0 or more" (value: isInt value && value >= 0);
+      ints.positive = one "an integer above 0" (value: isInt value && value > 0);
       str = one "a string" isString;
+      path = one "an absolute path" (value: isPath value || isString value && substring 0 1 value == "/");
       package = one "a package" (value: value.type or null == "derivation");
       nullOr =
-        type: at: values:
-        if all (value: value == null) values then null else type at values;
+        type:
+        many "null or that" (value: value == null || type.check value) (
+          at: values: if all (value: value == null) values then null else type.merge at values
+        );
       either =
-        a: b: at: values:
-        if isString (head values) then a at values else b at values;
+        a: b:
+        many "one of the two" (value: a.check value || b.check value) (
+          at: values: if all a.check values then a.merge at values else b.merge at values
+        );
+      oneOf = types: foldl' lib.types.either (head types) (tail types);
       listOf =
-        type: at: values:
-        if !all isList values then
-          fails at "not a list"
-        else
-          map (value: type at [ value ]) (concatLists values);
+        type:
+        many "a list" (value: isList value && all type.check value) (
+          at: values: map (value: type.merge at [ value ]) (concatLists values)
+        );
       attrsOf =
-        type: at: values:
-        if !all isAttrs values then
-          fails at "not a set"
-        else
-          mapAttrs (name: _: type (at ++ [ name ]) (settle (under name values))) (
+        type:
+        many "a set" isAttrs (
+          at: values:
+          let
+            names = filter (name: settle (under name values) != [ ]) (
+              concatMap (d: attrNames (members d)) values
+            );
+          in
+          mapAttrs (name: _: type.merge (at ++ [ name ]) (settle (under name values))) (
             listToAttrs (
               map (name: {
                 inherit name;
                 value = null;
-              }) (filter (name: settle (under name values) != [ ]) (concatMap (d: attrNames (members d)) values))
+              }) names
             )
-          );
-      anything =
+          )
+        );
+      anything = many "anything" (_: true) (
         at: values:
         if all (value: isAttrs value && value.type or null != "derivation") values then
-          lib.types.attrsOf lib.types.anything at values
+          (lib.types.attrsOf lib.types.anything).merge at values
         else if length values == 1 then
           head values
         else if all isList values then
           concatLists values
         else
-          one "anything" (_: true) at values;
+          (one "anything" (_: true)).merge at values
+      );
       submodule =
         {
           freeformType ? null,
           options,
         }:
-        at: values: build freeformType at options values;
+        many "a set" isAttrs (at: values: build freeformType at options values);
     };
 
+    # With `freeform`, what is no option is a value of that type.
     evalModules =
-      { modules, specialArgs }:
+      {
+        modules,
+        specialArgs,
+        freeform ? null,
+      }:
       let
         called =
           module: if isFunction module then module (specialArgs // { inherit config lib; }) else module;
-        parts = map called modules;
-        merged =
-          a: b:
+        flat =
+          module:
           let
-            both = name: value: if a ? ${name} && !is "option" value then merged a.${name} value else value;
+            part = called (if isPath module then import module else module);
+            key = if isPath module then toString module else null;
+          in
+          concatMap flat (part.imports or [ ]) ++ [ { inherit key part; } ];
+        found = concatMap flat modules;
+        # A file that is named twice counts once.
+        files = listToAttrs (
+          map ({ key, part }: {
+            name = key;
+            value = part;
+          }) (filter ({ key, ... }: key != null) found)
+        );
+        parts =
+          builtins.attrValues files ++ map ({ part, ... }: part) (filter ({ key, ... }: key == null) found);
+        merged =
+          at: a: b:
+          let
+            both =
+              name: value:
+              if !a ? ${name} then
+                value
+              else if is "option" value || is "option" a.${name} then
+                fails (at ++ [ name ]) "already declared"
+              else
+                merged (at ++ [ name ]) a.${name} value;
           in
           a // mapAttrs both b;
-        options = builtins.foldl' merged { } (map (part: part.options or { }) parts);
-        config = build null [ ] options (
-          map (part: if part ? config || part ? options then part.config or { } else part) parts
+        options = foldl' (merged [ ]) { } (map (part: part.options or { }) parts);
+        config = build freeform [ ] options (
+          map (
+            part: if part ? config || part ? options then part.config or { } else removeAttrs part [ "imports" ]
+          ) parts
         );
       in
       {
@@ -198,7 +255,25 @@ let
     assertMsg = condition: message: condition || throw message;
     fileset.toSource =
       { root, fileset }: if all builtins.pathExists fileset then root else throw "no such file";
+    fileset.difference = a: _: [ a ];
+    fileset.maybeMissing = file: file;
     fileset.unions = files: files;
+    filterAttrs =
+      keep: set: listToAttrs (filter ({ name, value }: keep name value) (lib.attrsToList set));
+    attrsToList =
+      set:
+      map (name: {
+        inherit name;
+        value = set.${name};
+      }) (attrNames set);
+    importTOML = file: builtins.fromTOML (builtins.readFile file);
+    inherit mapAttrs;
+    recursiveUpdate =
+      a: b:
+      if isAttrs a && isAttrs b then
+        a // mapAttrs (name: value: if a ? ${name} then lib.recursiveUpdate a.${name} value else value) b
+      else
+        b;
     genAttrs =
       names: f:
       listToAttrs (
@@ -222,7 +297,7 @@ let
       let
         size = builtins.stringLength prefix;
       in
-      if builtins.substring 0 size text == prefix then builtins.substring size (-1) text else text;
+      if substring 0 size text == prefix then substring size (-1) text else text;
     toInt = builtins.fromJSON;
     filterAttrsRecursive =
       keep: set:
