@@ -1,30 +1,33 @@
-# On NixOS: a machine with the module, and another that builds on it, knowing only a token.
+# On NixOS: two machines with the module, one plain and one behind nginx with TLS, and a third that builds on both,
+# knowing only tokens.
 { lib, pkgs, ... }:
 let
   inherit (import ./. { inherit pkgs; }) nix-relay nix-relay-client;
+  client-sh = pkgs.callPackage ./client.nix { };
   issuer = nix-relay.overrideAttrs {
     pname = "nix-relay-issuer";
     cargoBuildFlags = [ "--example=issuer" ];
     doCheck = false;
     postInstall = "install -Dt $out/bin target/*/release/examples/issuer";
   };
+  certificate = pkgs.runCommand "certificate" { nativeBuildInputs = [ pkgs.openssl ]; } ''
+    mkdir $out
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 36500 -keyout $out/key.pem \
+      -out $out/cert.pem -subj /CN=tls -addext subjectAltName=DNS:tls -addext basicConstraints=critical,CA:FALSE
+  '';
+
   # Nobody is asked for what has to be built.
   alone.nix.settings = {
     experimental-features = [ "nix-command" ];
     substituters = lib.mkForce [ ];
   };
-in
-{
-  name = "nix-relay";
-
-  nodes.relay = {
+  builder = {
     imports = [
       ./module.nix
       alone
     ];
     services.nix-relay = {
       enable = true;
-      openFirewall = true;
       settings.auth = {
         issuer = "http://127.0.0.1:8000";
         allowed_org = "example-org";
@@ -40,10 +43,34 @@ in
       pkgs.jq
     ];
   };
+in
+{
+  name = "nix-relay";
+
+  nodes.plain = {
+    imports = [ builder ];
+    services.nix-relay.openFirewall = true;
+  };
+
+  nodes.tls = {
+    imports = [ builder ];
+    services.nix-relay = {
+      socketActivation = true;
+      nginx.enable = true;
+      nginx.domain = "tls";
+    };
+    services.nginx.virtualHosts.tls = {
+      enableACME = false;
+      sslCertificate = "${certificate}/cert.pem";
+      sslCertificateKey = "${certificate}/key.pem";
+    };
+    networking.firewall.allowedTCPPorts = [ 443 ];
+  };
 
   nodes.runner = {
     imports = [ alone ];
     environment.systemPackages = [ nix-relay-client ];
+    environment.etc."client.sh".source = lib.getExe client-sh;
     environment.etc."hello.nix".text = ''
       derivation {
         name = "hello";
@@ -56,29 +83,43 @@ in
 
   testScript = ''
     start_all()
-    relay.wait_for_unit("nix-relay.service")
-    relay.wait_for_open_port(8000)
-    relay.succeed("systemd-analyze security --threshold=15 nix-relay.service")
-    token = relay.succeed(
-        "curl -sSf -H 'Authorization: Bearer request-token-of-the-job' "
-        "'http://127.0.0.1:8000/token?audience=api://nix-relay' | jq -r .value"
-    ).strip()
-
-    remote = "--store 'ssh-ng://localhost?remote-program=nix-relay-client'"
-    job = f"NIX_RELAY_URL=ws://relay:8080 NIX_RELAY_TOKEN={token} "
     runner.wait_for_unit("multi-user.target")
-    path = runner.succeed(
-        f"{job} nix build {remote} --eval-store auto --no-link --print-out-paths -f /etc/hello.nix"
-    ).strip()
-    relay.succeed(f"grep hello {path}")
-    runner.fail(f"test -e {path}")
+    tls.wait_for_unit("nginx.service")
+    ca = "SSL_CERT_FILE=${certificate}/cert.pem"
 
-    # Whoever comes through the relay is not trusted; whoever has no token does not come through.
-    runner.succeed(f"{job} nix store info --json {remote} | grep -E '\"trusted\": ?(0|false)'")
-    runner.fail(f"{job} NIX_RELAY_TOKEN=wrong nix store info {remote}")
+    for relay, url, clients in [
+        (plain, "ws://plain:8080", ["nix-relay-client", "/etc/client.sh"]),
+        (tls, "wss://tls", ["nix-relay-client"]),
+    ]:
+        relay.wait_for_unit("nix-relay.service")
+        relay.wait_for_open_port(8000)
+        relay.succeed("systemd-analyze security --threshold=15 nix-relay.service")
+        token = relay.succeed(
+            "curl -sSf -H 'Authorization: Bearer request-token-of-the-job' "
+            "'http://127.0.0.1:8000/token?audience=api://nix-relay' | jq -r .value"
+        ).strip()
+        job = f"{ca} NIX_RELAY_URL={url} NIX_RELAY_TOKEN={token} "
+
+        for client in clients:
+            remote = f"--store 'ssh-ng://localhost?remote-program={client}'"
+            path = runner.succeed(
+                f"{job} nix build {remote} --eval-store auto --no-link --print-out-paths -f /etc/hello.nix"
+            ).strip()
+            relay.succeed(f"grep hello {path}")
+            runner.fail(f"test -e {path}")
+
+            # Whoever comes through the relay is not trusted; whoever has no token does not come through.
+            runner.succeed(f"{job} nix store info --json {remote} | grep -E '\"trusted\": ?(0|false)'")
+            runner.fail(f"{job} NIX_RELAY_TOKEN=wrong nix store info {remote}")
+
+    # Nothing else is there to be seen.
+    runner.succeed("test $(curl -sk -o /dev/null -w '%{http_code}' https://tls/healthz) = 404")
+
+    # A restart refuses nobody.
+    tls.succeed("systemctl restart --no-block nix-relay.service; curl -sSf http://127.0.0.1:8080/healthz")
 
     # It hears SIGTERM, and ends well.
-    relay.succeed("systemctl stop nix-relay.service")
-    relay.fail("systemctl is-failed nix-relay.service")
+    plain.succeed("systemctl stop nix-relay.service")
+    plain.fail("systemctl is-failed nix-relay.service")
   '';
 }
