@@ -15,11 +15,11 @@ fn config() -> String {
         .split_once("```")
         .unwrap()
         .0;
-    let (client, system) = ("/usr/local/bin/client.sh", "x86_64-linux");
+    let (client, system) = ("/usr/local/bin/nix-relay", "x86_64-linux");
     assert!(block.contains(client) && block.contains(system) && block.contains("max-jobs = 0"));
     let here = format!("{}-linux", std::env::consts::ARCH);
     let block = block
-        .replace(client, project("client.sh").to_str().unwrap())
+        .replace(client, env!("CARGO_BIN_EXE_nix-relay"))
         .replace(system, &here);
     format!("{CONFIG}builders = {block}")
 }
@@ -110,7 +110,7 @@ fn with_a_nix_daemon_here_the_variables_must_be_its() {
         let (built, log) = build("daemon", "by-the-daemon");
         assert_eq!(built, with_variables, "{log}");
         if !built {
-            daemon.1.wait("nix-relay-client: set NIX_RELAY_URL");
+            daemon.1.wait("nix-relay: set NIX_RELAY_URL");
             let (built, log) = build("local", "without-the-daemon");
             assert!(built, "{log}");
         }
