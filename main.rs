@@ -16,7 +16,6 @@
 use config::Config;
 use connection::Relay;
 use log::{error, info, warn};
-use poll::Event;
 use sd_notify::NotifyState;
 use signal_hook::{consts, iterator::Signals};
 use std::ffi::OsString;
@@ -26,7 +25,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{env, fs, thread};
 
 const USAGE: &str = "\
@@ -148,7 +147,6 @@ fn serve(config: Config, issuers: oidc::Issuers) -> io::Result<()> {
     };
     let admin_listen = config.server.admin_listen.clone();
     let grace = Duration::from_secs(config.server.shutdown_grace_secs.into());
-    let second_signal = Arc::new(Event::new()?);
     let relay = Arc::new(Relay::new(config, issuers)?);
 
     relay.issuers.start()?;
@@ -158,16 +156,16 @@ fn serve(config: Config, issuers: oidc::Issuers) -> io::Result<()> {
     if !admin_listen.is_empty() {
         start_admin(&admin_listen, relay.clone())?;
     }
-    watch_signals(relay.clone(), second_signal.clone())?;
+    watch_signals(relay.clone())?;
 
     let _ = sd_notify::notify(&[NotifyState::Ready]);
     relay.draining.wait(None);
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     info!("shutting down grace_secs={}", grace.as_secs());
-    relay.wait_until_idle(Instant::now() + grace, Some(&second_signal));
-    relay.closing.set();
-    relay.wait_until_idle(Instant::now() + SHUTDOWN_TIMEOUT, None);
-    info!("shut down connections_left={}", relay.connections());
+    relay.wait_until_idle(grace);
+    relay.close_sessions();
+    let left = relay.wait_until_idle(SHUTDOWN_TIMEOUT);
+    info!("shut down connections_left={left}");
     Ok(())
 }
 
@@ -179,16 +177,10 @@ fn start_admin(address: &str, relay: Arc<Relay>) -> io::Result<()> {
     })
 }
 
-/// The first SIGTERM or SIGINT has nobody let in any more; the second cuts the grace short.
-fn watch_signals(relay: Arc<Relay>, second_signal: Arc<Event>) -> io::Result<()> {
+fn watch_signals(relay: Arc<Relay>) -> io::Result<()> {
     let mut signals = Signals::new([consts::SIGTERM, consts::SIGINT])?;
     start("signals", move || {
-        for _ in signals.forever() {
-            if relay.draining.is_set() {
-                second_signal.set();
-            }
-            relay.draining.set();
-        }
+        signals.forever().for_each(|_| relay.stop())
     })
 }
 
@@ -239,8 +231,8 @@ mod connection {
     use std::collections::{BTreeMap, VecDeque};
     use std::io;
     use std::net::{Shutdown, TcpListener, TcpStream};
-    use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::SeqCst};
-    use std::sync::{Arc, Condvar, Mutex};
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::sync::{Arc, Condvar, Mutex, PoisonError};
     use std::thread;
     use std::time::{Duration, Instant};
 
@@ -259,16 +251,16 @@ mod connection {
         pub issuers: Issuers,
         lobby: Lobby,
         permits: Mutex<Permits>,
-        /// Of all states.
-        connections: AtomicU32,
+        /// How many there are, in all states.
+        connections: Mutex<u32>,
+        /// One has left, or the relay is not to wait any longer.
+        left: Condvar,
         /// The number of the latest session.
         sessions: AtomicU64,
         /// Nobody is let in any more.
         pub draining: Event,
         /// The sessions are to end.
         pub closing: Event,
-        /// Draining, and no connection is left.
-        idle: Event,
     }
 
     impl Relay {
@@ -279,28 +271,39 @@ mod connection {
                 config,
                 issuers,
                 lobby: Lobby::default(),
-                connections: AtomicU32::new(0),
+                connections: Mutex::new(0),
+                left: Condvar::new(),
                 sessions: AtomicU64::new(0),
                 draining: Event::new()?,
                 closing: Event::new()?,
-                idle: Event::new()?,
             })
         }
 
-        pub fn connections(&self) -> u32 {
-            self.connections.load(SeqCst)
+        /// To be called for each SIGTERM or SIGINT: the first lets nobody in any more, the second
+        /// ends the sessions.
+        pub fn stop(&self) {
+            if self.draining.is_set() {
+                self.close_sessions();
+            }
+            self.draining.set();
         }
 
-        /// Waits until no connection is left, the time has come, or something else happens. To
-        /// be called when draining.
-        pub fn wait_until_idle(&self, until: Instant, or: Option<&Event>) {
-            let over = || self.connections() == 0 || or.is_some_and(Event::is_set);
-            while !over() && Instant::now() < until {
-                poll::ready(
-                    [Some(self.idle.poll_fd()), or.map(Event::poll_fd)],
-                    Some(until),
-                );
-            }
+        pub fn close_sessions(&self) {
+            self.closing.set();
+            // Whoever is about to wait holds this, and would miss it.
+            let _connections = lock(&self.connections);
+            self.left.notify_all();
+        }
+
+        /// Waits until no connection is left; or until the sessions are to end, if they are not
+        /// yet; or for as long as `limit`. Says how many are left.
+        pub fn wait_until_idle(&self, limit: Duration) -> u32 {
+            let is_closing = self.closing.is_set();
+            let waits = |left: &mut u32| *left > 0 && self.closing.is_set() == is_closing;
+            let waited = self
+                .left
+                .wait_timeout_while(lock(&self.connections), limit, waits);
+            *waited.unwrap_or_else(PoisonError::into_inner).0
         }
     }
 
@@ -322,7 +325,7 @@ mod connection {
             let _ = socket.set_nodelay(true);
 
             relay.lobby.enter(number, &socket);
-            relay.connections.fetch_add(1, SeqCst);
+            *lock(&relay.connections) += 1;
             let connection = Connection {
                 relay: relay.clone(),
                 socket: socket.clone(),
@@ -370,10 +373,8 @@ mod connection {
     impl Drop for Connection {
         fn drop(&mut self) {
             self.leave_lobby();
-            let left = self.relay.connections.fetch_sub(1, SeqCst) - 1;
-            if left == 0 && self.relay.draining.is_set() {
-                self.relay.idle.set();
-            }
+            *lock(&self.relay.connections) -= 1;
+            self.relay.left.notify_one();
         }
     }
 
@@ -440,7 +441,7 @@ mod connection {
 
             let daemon = Daemon::spawn(&relay.config, grant.arguments)?;
             let opening = session::Opening {
-                number: relay.sessions.fetch_add(1, SeqCst) + 1,
+                number: relay.sessions.fetch_add(1, Relaxed) + 1,
                 client: format!("peer={} {}", self.peer, grant.description),
                 upgrade,
                 rest: head.rest,
@@ -546,7 +547,7 @@ mod connection {
                     let _ = longest.shutdown(Shutdown::Read);
                 }
                 let waited = self.left.wait_timeout(places, SCARCITY_PAUSE);
-                places = waited.unwrap_or_else(|e| e.into_inner()).0;
+                places = waited.unwrap_or_else(PoisonError::into_inner).0;
             }
             places.taken += 1;
             places.waited_for.insert(number, socket.clone());
@@ -1026,7 +1027,7 @@ mod oidc {
     use std::fs::{self, Metadata};
     use std::os::unix::fs::MetadataExt;
     use std::path::{Path, PathBuf};
-    use std::sync::{Arc, Condvar, Mutex};
+    use std::sync::{Arc, Condvar, Mutex, PoisonError};
     use std::time::{Duration, Instant, SystemTime};
     use std::{fmt, io, thread};
 
@@ -1409,7 +1410,7 @@ mod oidc {
             let waited = self
                 .fetched
                 .wait_timeout_while(cache, WAIT_TIMEOUT, |cache| cache.ended == ended);
-            let mut cache = waited.unwrap_or_else(|e| e.into_inner()).0;
+            let mut cache = waited.unwrap_or_else(PoisonError::into_inner).0;
             cache.waiting -= 1;
             if cache.ended > ended && cache.worked {
                 Ok(())
@@ -1427,7 +1428,7 @@ mod oidc {
                 let waited = self
                     .wanted
                     .wait_timeout_while(cache, pause, |cache| !cache.wanted_by_token);
-                let mut cache = waited.unwrap_or_else(|e| e.into_inner()).0;
+                let mut cache = waited.unwrap_or_else(PoisonError::into_inner).0;
                 let for_token = std::mem::take(&mut cache.wanted_by_token);
                 cache.busy = true;
                 drop(cache);
@@ -3587,9 +3588,9 @@ mod config {
         allowed_org: Organisation,
         pub jwks_cache_ttl_secs: NonZeroU32,
         /// Issuer → key set.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         pub jwks_files: BTreeMap<String, PathBuf>,
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
         rule: Vec<WrittenRule>,
     }
 
