@@ -1,15 +1,44 @@
-//! A real nix, through client.sh and the relay, to a real nix-daemon with a store of its own.
+//! A real nix, through each client and the relay, to a real nix-daemon with a store of its own.
 
 use crate::support::{nix::*, *};
 use std::fs;
 use std::io::Read;
-use std::process::Stdio;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-#[test]
-fn a_build_happens_remotely_and_its_result_comes_back() {
+/// A test for each client.
+macro_rules! with_each_client {
+    ($($test:ident),*) => {$(mod $test {
+        #[test]
+        fn native() {
+            super::$test(crate::support::nix::native());
+        }
+
+        #[test]
+        fn script() {
+            super::$test(crate::support::nix::script());
+        }
+    })*};
+}
+
+with_each_client! {
+    a_build_happens_remotely_and_its_result_comes_back,
+    a_failing_build_shows_its_log_and_fails,
+    copies_64_mib_each_way,
+    store_ping_and_path_info,
+    four_builds_at_once_over_several_connections_each,
+    a_build_ends_when_nix_is_terminated,
+    a_build_ends_when_nix_is_interrupted,
+    a_build_ends_when_nix_is_killed,
+    a_build_ends_when_the_client_is_killed,
+    a_build_ends_when_the_connection_is_reset
+}
+
+fn a_build_happens_remotely_and_its_result_comes_back(client: PathBuf) {
     let farm = Farm::start();
-    let runner = farm.runner();
+    let runner = farm.runner().with(client);
     let file = runner.derivation("hello", "echo in the builder; echo hello > $out");
     let (_, log) = texts(&runner.build(&file).output().unwrap());
     assert!(log.contains("hello> in the builder"), "{log}");
@@ -20,10 +49,9 @@ fn a_build_happens_remotely_and_its_result_comes_back() {
     assert_eq!(fs::read(runner.file(&path)).unwrap(), b"hello\n");
 }
 
-#[test]
-fn a_failing_build_shows_its_log_and_fails() {
+fn a_failing_build_shows_its_log_and_fails(client: PathBuf) {
     let farm = Farm::start();
-    let runner = farm.runner();
+    let runner = farm.runner().with(client);
     let file = runner.derivation("bad", "echo this went wrong; exit 3");
     let output = runner.build(&file).output().unwrap();
     let (_, log) = texts(&output);
@@ -34,10 +62,12 @@ fn a_failing_build_shows_its_log_and_fails() {
     assert_eq!(output.status.code(), Some(1));
 }
 
-#[test]
-fn copies_64_mib_each_way() {
+fn copies_64_mib_each_way(client: PathBuf) {
     let farm = Farm::start();
-    let (runner, other) = (farm.runner(), farm.runner());
+    let (runner, other) = (
+        farm.runner().with(client.clone()),
+        farm.runner().with(client),
+    );
     let mut random = Vec::new();
     fs::File::open("/dev/urandom")
         .unwrap()
@@ -61,10 +91,10 @@ fn copies_64_mib_each_way() {
     other.run(&["store", "verify", "--no-trust", path]);
 }
 
-#[test]
-fn store_ping_and_path_info() {
+fn store_ping_and_path_info(client: PathBuf) {
     let farm = Farm::start();
-    let (runner, remote) = (farm.runner(), farm.runner().remote());
+    let runner = farm.runner().with(client);
+    let remote = runner.remote();
     runner.run(&["store", "ping", "--store", &remote]);
     farm.relay.log.wait("session ended session=1 ");
     let file = runner.derivation("known", "echo > $out");
@@ -87,14 +117,13 @@ fn store_ping_and_path_info() {
 }
 
 /// Each part of each build is a session of its own, and waits until all twelve are there.
-#[test]
-fn four_builds_at_once_over_several_connections_each() {
+fn four_builds_at_once_over_several_connections_each(client: PathBuf) {
     let farm = Farm::start();
     let meeting = Dir::new();
     let script = "echo > DIR/$name; until [ $(/bin/ls DIR | /usr/bin/wc -l) = 12 ]; do \
                   /bin/sleep 0.05; done; echo > $out"
         .replace("DIR", meeting.path("").to_str().unwrap());
-    let runners: Vec<Runner> = (0..4).map(|_| farm.runner()).collect();
+    let runners: Vec<Runner> = (0..4).map(|_| farm.runner().with(client.clone())).collect();
     let builds = runners.iter().enumerate().map(|(number, runner)| {
         let parts = (0..3).map(|part| derivation(&format!("part-{part}-of-{number}"), &script));
         let parts = parts
@@ -121,10 +150,10 @@ fn four_builds_at_once_over_several_connections_each() {
 }
 
 /// Breaks a build off in the middle, after which nothing of it may be left.
-fn a_build_ends_when(break_off: impl FnOnce(&mut std::process::Child, &Proxy)) {
+fn a_build_ends_when(client: PathBuf, break_off: impl FnOnce(&mut std::process::Child, &Proxy)) {
     let farm = Farm::start_with(|setup| setup.set("MAX_CONNECTIONS", "2"));
     let proxy = Proxy::start(&farm.relay);
-    let runner = farm.runner_for(proxy.address);
+    let runner = farm.runner_for(proxy.address).with(client);
     let mark = format!("mark-of-{}", proxy.address.port());
     let file = runner.derivation(&mark, "echo started; /bin/sleep 600; echo not reached");
     let mut build = runner.build(&file).stderr(Stdio::piped()).spawn().unwrap();
@@ -141,36 +170,82 @@ fn a_build_ends_when(break_off: impl FnOnce(&mut std::process::Child, &Proxy)) {
     let _both_permits = [farm.relay.connect(&token), farm.relay.connect(&token)];
 }
 
-#[test]
-fn a_build_ends_when_nix_is_terminated() {
-    a_build_ends_when(|nix, _| signal("TERM", nix.id()));
+fn a_build_ends_when_nix_is_terminated(client: PathBuf) {
+    a_build_ends_when(client, |nix, _| signal("TERM", nix.id()));
 }
 
-#[test]
-fn a_build_ends_when_nix_is_interrupted() {
-    a_build_ends_when(|nix, _| signal("INT", nix.id()));
+fn a_build_ends_when_nix_is_interrupted(client: PathBuf) {
+    a_build_ends_when(client, |nix, _| signal("INT", nix.id()));
 }
 
-#[test]
-fn a_build_ends_when_nix_is_killed() {
-    a_build_ends_when(|nix, _| signal("KILL", nix.id()));
+fn a_build_ends_when_nix_is_killed(client: PathBuf) {
+    a_build_ends_when(client, |nix, _| signal("KILL", nix.id()));
 }
 
-#[test]
-fn a_build_ends_when_the_client_is_killed() {
-    a_build_ends_when(|nix, _| {
-        let is_client = |id: &u32| {
+/// The process of it that has the connection: the last one of nix-relay's two.
+fn a_build_ends_when_the_client_is_killed(client: PathBuf) {
+    a_build_ends_when(client, |nix, _| {
+        let has_connection = |id: &u32| {
             let name = fs::read_to_string(format!("/proc/{id}/comm"));
-            name.is_ok_and(|name| name.trim() == "websocat")
+            name.is_ok_and(|name| ["websocat", "nix-relay"].contains(&name.trim()))
         };
-        signal(
-            "KILL",
-            descendants(nix.id()).into_iter().find(is_client).unwrap(),
-        );
+        let mut all = descendants(nix.id()).into_iter().filter(has_connection);
+        signal("KILL", all.next_back().unwrap());
     });
 }
 
+fn a_build_ends_when_the_connection_is_reset(client: PathBuf) {
+    a_build_ends_when(client, |_, proxy| proxy.reset());
+}
+
+/// Nix kills its client when it is done, which the relay is to hear of as a good end.
 #[test]
-fn a_build_ends_when_the_connection_is_reset() {
-    a_build_ends_when(|_, proxy| proxy.reset());
+fn sessions_end_well() {
+    let farm = Farm::start();
+    let runner = farm.runner().with(native());
+    let file = runner.derivation("hello", "echo hello > $out");
+    let remote = runner.remote();
+    for _ in 0..3 {
+        runner.run(&["store", "ping", "--store", &remote]);
+    }
+    assert!(runner.build(&file).status().unwrap().success());
+    let path = runner.out_path(&file);
+    runner.run(&["copy", "--no-check-sigs", "--from", &remote, &path]);
+    all_ended_well(&farm, &runner);
+}
+
+/// As from a terminal, whose Ctrl-C all of the foreground hears.
+#[test]
+fn ctrl_c_ends_a_session_well() {
+    let farm = Farm::start();
+    let runner = farm.runner().with(native());
+    let file = runner.derivation("slow", "echo started; /bin/sleep 600");
+    let mut build = runner.build(&file);
+    let mut build = build
+        .process_group(0)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let log = Log::of(build.stderr.take().unwrap());
+    log.wait("> started");
+    let group = format!("kill -INT -{}", build.id());
+    assert!(
+        Command::new("sh")
+            .args(["-c", &group])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert!(!wait(&mut build, LIMIT).success());
+    all_ended_well(&farm, &runner);
+    assert!(!log.text().contains("nix-relay: "), "{}", log.text());
+}
+
+fn all_ended_well(farm: &Farm, runner: &Runner) {
+    let count = |what: &str| farm.relay.log.text().matches(what).count();
+    eventually("all sessions have ended", LIMIT, || {
+        count("session ended") == count("session opened")
+    });
+    assert_eq!(count(" reason=client-closed "), count("session ended"));
+    eventually("no process is left", LIMIT, || !runner.has_processes());
 }

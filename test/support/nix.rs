@@ -1,10 +1,20 @@
-//! What a runner has: client.sh, a nix with a store of its own; and a relay whose daemon is a real
+//! What a runner has: a client, a nix with a store of its own; and a relay whose daemon is a real
 //! nix-daemon, with another store.
 
 use super::*;
 use rustix::net::connect_unspec;
 use std::net::TcpListener;
 use std::process::Output;
+
+/// The client that is a script.
+pub fn script() -> PathBuf {
+    project("client.sh")
+}
+
+/// And the one that is the relay's own binary.
+pub fn native() -> PathBuf {
+    env!("CARGO_BIN_EXE_nix-relay").into()
+}
 
 /// Nothing of it depends on the machine: builders use /bin/sh, and nobody substitutes.
 pub const CONFIG: &str = "sandbox = false\nbuild-users-group =\nsubstituters =\n\
@@ -79,6 +89,7 @@ impl Farm {
         Runner {
             url: format!("ws://{address}"),
             token: token_variables(&self.issuer),
+            client: script(),
             local: Dir::new(),
         }
     }
@@ -99,10 +110,11 @@ impl Farm {
     }
 }
 
-/// A machine with nix and client.sh, and a store of its own.
+/// A machine with nix and a client, client.sh if not told otherwise, and a store of its own.
 pub struct Runner {
     url: String,
     token: [(&'static str, String); 2],
+    client: PathBuf,
     local: Dir,
 }
 
@@ -112,8 +124,19 @@ impl Runner {
         Runner {
             url: String::new(),
             token: Default::default(),
+            client: script(),
             local: Dir::new(),
         }
+    }
+
+    /// The same with another client.
+    pub fn with(self, client: PathBuf) -> Runner {
+        Runner { client, ..self }
+    }
+
+    /// Whether something that was started for it is still there.
+    pub fn has_processes(&self) -> bool {
+        anyone_with(&format!("HOME={}", self.local.path("").display()))
     }
 
     pub fn nix(&self, arguments: &[&str]) -> Command {
@@ -141,7 +164,7 @@ impl Runner {
     pub fn remote(&self) -> String {
         format!(
             "ssh-ng://localhost?remote-program={}",
-            project("client.sh").display()
+            self.client.display()
         )
     }
 
