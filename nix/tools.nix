@@ -17,6 +17,7 @@ pkgs: [
   pkgs.shellcheck
   pkgs.stdenv.cc
   pkgs.systemd
+  pkgs.tinyproxy
   pkgs.util-linux
   pkgs.websocat
 ]

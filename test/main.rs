@@ -19,6 +19,7 @@ mod rules;
 mod scarcity;
 mod sessions;
 mod shutdown;
+mod stdio;
 mod support;
 mod tokens;
 mod trouble;

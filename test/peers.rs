@@ -190,9 +190,9 @@ fn a_daemon_that_stops_reading() {
 }
 
 /// A network of two: this machine, and a namespace that can be cut off.
-struct Network {
-    name: String,
-    address: String,
+pub struct Network {
+    pub name: String,
+    pub address: String,
 }
 
 fn ip(arguments: &str) {
@@ -215,7 +215,7 @@ fn ip_within(name: &str, arguments: &str) {
 }
 
 impl Network {
-    fn new() -> Network {
+    pub fn new() -> Network {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let (id, number) = (std::process::id(), NUMBER.fetch_add(1, Relaxed));
         let name = format!("nr{id}-{number}");
@@ -253,7 +253,7 @@ impl Network {
     }
 
     /// Neither side is told.
-    fn cut(&self) {
+    pub fn cut(&self) {
         ip_within(&self.name, &format!("link set {}p down", self.name));
     }
 }

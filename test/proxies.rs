@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 /// Each runs in a directory of its own, from a file `conf`.
-struct Program {
+pub struct Program {
     name: &'static str,
     /// Its configuration, in nix/.
     file: &'static str,
@@ -24,7 +24,7 @@ struct Program {
     reload: &'static str,
 }
 
-static NGINX: Program = Program {
+pub static NGINX: Program = Program {
     name: "nginx",
     file: "nginx.conf",
     around: "daemon off; worker_processes 2; error_log stderr notice; pid pid; events {}
@@ -89,7 +89,7 @@ through! {
 }
 
 /// One that runs, with a certificate of a private authority for `localhost`.
-struct Running {
+pub struct Running {
     program: &'static Program,
     change: fn(String) -> String,
     dir: Dir,
@@ -100,12 +100,12 @@ struct Running {
 }
 
 impl Running {
-    fn start(program: &'static Program, relays: &[SocketAddr]) -> Running {
+    pub fn start(program: &'static Program, relays: &[SocketAddr]) -> Running {
         Running::start_with(program, relays, |text| text)
     }
 
     /// With more changes to the configuration.
-    fn start_with(
+    pub fn start_with(
         program: &'static Program,
         relays: &[SocketAddr],
         change: fn(String) -> String,
@@ -167,7 +167,7 @@ impl Running {
     }
 
     /// What a job has to have to get there.
-    fn variables(&self) -> [(&'static str, String); 2] {
+    pub fn variables(&self) -> [(&'static str, String); 2] {
         let url = format!("wss://localhost:{}", self.address().port());
         [
             ("NIX_RELAY_URL", url),
@@ -205,13 +205,16 @@ impl Running {
     }
 
     fn session(&self, token: &str) -> Session {
-        self.session_of(&project("client.sh"), token)
+        self.session_of(&script(), token)
     }
 
     fn session_of(&self, client: &Path, token: &str) -> Session {
         let home = Dir::new();
         let mut command = job(client, &home);
-        command.envs(self.variables()).env("NIX_RELAY_TOKEN", token);
+        command
+            .arg("--stdio")
+            .envs(self.variables())
+            .env("NIX_RELAY_TOKEN", token);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -332,17 +335,19 @@ fn carries_50_mb_each_way(program: &'static Program) {
         .take(50_000_000)
         .read_to_end(&mut random)
         .unwrap();
-    let mut session = proxy.session(&issuer.token());
-    let (mut stdin, sent, mut received) = (
-        session.stdin.take().unwrap(),
-        random.clone(),
-        vec![0; random.len()],
-    );
-    let writer = std::thread::spawn(move || stdin.write_all(&sent).map(|()| stdin));
-    session.stdout.read_exact(&mut received).unwrap();
-    assert!(received == random, "it changed on the way");
-    session.stdin = Some(writer.join().unwrap().unwrap());
-    assert!(session.works());
+    for client in [script(), native()] {
+        let mut session = proxy.session_of(&client, &issuer.token());
+        let (mut stdin, sent, mut received) = (
+            session.stdin.take().unwrap(),
+            random.clone(),
+            vec![0; random.len()],
+        );
+        let writer = std::thread::spawn(move || stdin.write_all(&sent).map(|()| stdin));
+        session.stdout.read_exact(&mut received).unwrap();
+        assert!(received == random, "it changed on the way");
+        session.stdin = Some(writer.join().unwrap().unwrap());
+        assert!(session.works());
+    }
 }
 
 /// A client that claims to come from elsewhere is not believed.

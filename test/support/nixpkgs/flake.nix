@@ -70,6 +70,7 @@
                 "shellcheck"
                 "shellcheck-minimal"
                 "systemd"
+                "tinyproxy"
                 "util-linux"
                 "websocat"
               ]
