@@ -3,7 +3,14 @@
 use crate::support::{nix::*, *};
 use std::fs;
 use std::io::{Read, Write};
-use std::process::{Command, Stdio};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+use tungstenite::protocol::CloseFrame;
+use tungstenite::{WebSocket, accept};
 
 const GITLAB: &str = "GITLAB_OIDC_TOKEN";
 const CIRCLE: &str = "CIRCLE_OIDC_TOKEN_V2";
@@ -136,7 +143,8 @@ fn a_refused_token_and_an_unreachable_relay() {
         failure(command.env("NIX_RELAY_TOKEN", "junk")).starts_with("the relay refused: 401: ")
     );
     assert!(
-        failure(command.env("NIX_RELAY_TOKEN", "a\r\nX: y")).contains("the token has characters")
+        failure(command.env("NIX_RELAY_TOKEN", "a\r\nX: y"))
+            .starts_with("the token in NIX_RELAY_TOKEN contains invalid characters")
     );
     let line = failure(
         command
@@ -147,7 +155,7 @@ fn a_refused_token_and_an_unreachable_relay() {
         line.starts_with("cannot reach ws://127.0.0.1:1/relay: Failed to connect"),
         "{line}"
     );
-    let line = failure(command.env("NIX_RELAY_URL", "ws://nowhere.invalid"));
+    let line = failure(command.env("NIX_RELAY_URL", "wss://nowhere.invalid"));
     assert!(
         line.contains("Could not resolve host: nowhere.invalid"),
         "{line}"
@@ -171,9 +179,9 @@ fn what_is_missing_is_named() {
         let line = failure(client(&relay, &home).env("NIX_RELAY_URL", url));
         assert!(line.starts_with("set NIX_RELAY_URL "), "{line}");
     }
-    for missing in ["curl", "jq", "websocat", "cat", "sh"] {
+    for missing in ["curl", "websocat", "cat", "sh"] {
         let bin = Dir::new();
-        for present in ["bash", "curl", "jq", "websocat", "cat", "sh"]
+        for present in ["bash", "curl", "websocat", "cat", "sh"]
             .into_iter()
             .filter(|name| *name != missing)
         {
@@ -203,7 +211,7 @@ fn a_token_endpoint_that_fails() {
     let from = "no token from ACTIONS_ID_TOKEN_REQUEST_URL: ";
     assert_eq!(
         failure(&mut command),
-        format!("{from}The requested URL returned error: 500")
+        format!("{from}it answered with status 500")
     );
     for junk in [
         "",
@@ -254,7 +262,7 @@ fn the_reason_of_an_early_end_is_shown() {
         log.contains("exited with status 7: boom") && log.matches('\n').count() == 1,
         "{log}"
     );
-    assert!(wait(&mut child, LIMIT).code().is_some());
+    assert_eq!(wait(&mut child, LIMIT).code(), Some(1));
 }
 
 /// However short the time between the last of it and the end.
@@ -294,7 +302,7 @@ fn no_secret_is_in_an_argument_list() {
     let (issuer, home, bin) = (Issuer::start(), Dir::new(), Dir::new());
     let relay = Relay::start(&issuer);
     let seen = home.path("seen");
-    for name in ["curl", "jq", "tr", "websocat"] {
+    for name in ["curl", "websocat"] {
         let found = job("sh", &home)
             .args(["-c", &format!("command -v {name}")])
             .output()
@@ -328,34 +336,35 @@ fn no_secret_is_in_an_argument_list() {
         .unwrap()
         .read_exact(&mut answer)
         .unwrap();
+    let of = |id, file| fs::read_to_string(format!("/proc/{id}/{file}")).unwrap_or_default();
     let all = descendants(child.id()).into_iter().chain([child.id()]);
-    let lines = all.map(|id| fs::read_to_string(format!("/proc/{id}/cmdline")).unwrap());
+    let lines: Vec<(u32, String)> = all.map(|id| (id, of(id, "cmdline"))).collect();
+    let started = lines.iter().filter(|(_, line)| !line.contains("client.sh"));
+    let environments: Vec<(String, String)> = started
+        .map(|(id, line)| (line.clone(), of(*id, "environ")))
+        .collect();
+    let lines = lines.into_iter().map(|(_, line)| line);
     let lines = lines.collect::<String>() + &fs::read_to_string(&seen).unwrap();
-    let environment = fs::read_to_string(format!("/proc/{}/environ", child.id())).unwrap();
     drop(child.stdin.take());
     wait(&mut child, LIMIT);
     command.env("NIX_RELAY_TOKEN", "eyJ.refused.token");
     assert!(failure(&mut command).contains("401"));
     let lines = lines + &fs::read_to_string(&seen).unwrap();
-    for name in [
-        "curl -sS --fail",
-        "jq -rn",
-        "jq -r .value",
-        "websocat --binary",
-        "curl -sS --noproxy",
-        "tr -d",
-    ] {
+    for name in ["curl -q -sS --fail", "websocat --binary", "curl -q -sS -D"] {
         assert!(lines.contains(name), "{name} was not seen in {lines}");
     }
     for secret in [issuer::REQUEST_TOKEN, "eyJ"] {
         assert!(!lines.contains(secret), "{secret} in {lines}");
     }
-    // What is left when it has become websocat: the relay's token, which that needs, alone.
-    assert!(environment.contains("WEBSOCAT_BASIC_AUTH=oidc:eyJ"));
-    assert!(
-        !environment.contains(issuer::REQUEST_TOKEN),
-        "{environment}"
-    );
+    // websocat needs the relay's token, and has it alone; its sh takes it away from what that starts.
+    for (line, environment) in &environments {
+        let has_one = environment.contains("eyJ");
+        let may = line.contains("websocat\0") || line.starts_with("sh\0");
+        assert!(may || !has_one, "{line} has a token");
+        assert!(!environment.contains(issuer::REQUEST_TOKEN), "{line}");
+    }
+    let with = |part| environments.iter().any(|(_, all)| all.contains(part));
+    assert!(with("WEBSOCAT_BASIC_AUTH=oidc:eyJ"), "{lines}");
 }
 
 #[test]
@@ -399,4 +408,403 @@ fn killed_it_leaves_nothing() {
     eventually("websocat and its helper are gone", LIMIT, || {
         child.try_wait().unwrap().is_some() && !anyone_with(&home)
     });
+}
+
+/// What listens where a relay, or a token endpoint, should: it does this with each connection, and its number.
+fn stranger(serve: impl Fn(usize, TcpStream) + Send + Sync + 'static) -> SocketAddr {
+    let (listener, serve) = (TcpListener::bind("127.0.0.1:0").unwrap(), Arc::new(serve));
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for (number, stream) in listener.incoming().flatten().enumerate() {
+            let serve = serve.clone();
+            thread::spawn(move || serve(number, stream));
+        }
+    });
+    address
+}
+
+/// One that answers every request with this.
+fn answering(answer: impl Into<Vec<u8>>) -> SocketAddr {
+    let answer = answer.into();
+    stranger(move |_, mut stream| {
+        read_head(&mut stream);
+        let _ = stream.write_all(&answer);
+    })
+}
+
+/// One that opens a session for everybody.
+fn session(serve: impl Fn(&mut WebSocket<TcpStream>) + Send + Sync + 'static) -> SocketAddr {
+    stranger(move |_, stream| {
+        if let Ok(mut socket) = accept(stream) {
+            serve(&mut socket);
+        }
+    })
+}
+
+fn close(socket: &mut WebSocket<TcpStream>, code: u16, reason: &str) {
+    let frame = CloseFrame {
+        code: code.into(),
+        reason: reason.into(),
+    };
+    let _ = socket.close(Some(frame));
+    while socket.read().is_ok() {}
+}
+
+/// client.sh with a token, for what listens at an address.
+fn client_at(address: SocketAddr, home: &Dir) -> Command {
+    let mut command = job(project("client.sh"), home);
+    command
+        .env("NIX_RELAY_URL", format!("ws://{address}"))
+        .env("NIX_RELAY_TOKEN", "token");
+    command
+}
+
+/// One with a session, whose input is open: its status, its output and what it says.
+fn run(command: &mut Command) -> (Option<i32>, Vec<u8>, String) {
+    let mut child = spawn(command);
+    let input = child.stdin.take();
+    let output = child.wait_with_output().unwrap();
+    drop(input);
+    (
+        output.status.code(),
+        output.stdout.clone(),
+        texts(&output).1,
+    )
+}
+
+fn spawn(command: &mut Command) -> Child {
+    let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    piped.stderr(Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn a_token_request_is_tried_again() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let relay = Relay::start(&issuer);
+    let body = json!({"value": issuer.token()}).to_string();
+    let endpoint = stranger(move |number, mut stream| {
+        read_head(&mut stream);
+        let status = ["503 Busy", "200 OK"][number.min(1)];
+        let head = format!(
+            "HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let _ = stream.write_all((head + &body).as_bytes());
+    });
+    home.write(".curlrc", "verbose\ninclude\n");
+    let mut command = client(&relay, &home);
+    command.envs(token_variables(&issuer));
+    command.env(
+        "ACTIONS_ID_TOKEN_REQUEST_URL",
+        format!("http://{endpoint}/token"),
+    );
+    who(&relay, &mut command);
+}
+
+#[test]
+fn a_token_on_a_line_of_its_own() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let relay = Relay::start(&issuer);
+    let token = issuer.token() + "\r\n";
+    who(&relay, client(&relay, &home).env("NIX_RELAY_TOKEN", token));
+}
+
+#[test]
+fn urls() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let relay = Relay::start(&issuer);
+    let with = |url: String| {
+        let mut command = client(&relay, &home);
+        command
+            .env("NIX_RELAY_TOKEN", issuer.token())
+            .env("NIX_RELAY_URL", url);
+        command
+    };
+    who(&relay, &mut with(format!("ws://{}/", relay.address)));
+    who(
+        &relay,
+        &mut with(format!("ws://user:secret@{}", relay.address)),
+    );
+    let line = failure(&mut with("ws://user:secret@127.0.0.1:1/a".into()));
+    assert!(
+        line.starts_with("cannot reach ws://127.0.0.1:1/a: "),
+        "{line}"
+    );
+    let line = failure(&mut with("https://user:secret@relay".into()));
+    assert!(line.ends_with("(it is 'https://relay')"), "{line}");
+    let warning = "warning: the token goes unencrypted to ";
+    let (_, _, log) = run(&mut with("ws://nowhere.invalid:80".into()));
+    assert!(
+        log.contains(&format!("{warning}nowhere.invalid:80; ")),
+        "{log}"
+    );
+    for local in [
+        "localhost",
+        "127.0.0.2:1",
+        "[::1]:1",
+        "wss://nowhere.invalid",
+    ] {
+        let url = if local.contains("://") {
+            local.into()
+        } else {
+            format!("ws://{local}")
+        };
+        assert!(!run(&mut with(url)).2.contains(warning), "{local}");
+    }
+}
+
+#[test]
+fn ssh_instead_of_ssh_ng() {
+    let home = Dir::new();
+    let mut command = job(project("client.sh"), &home);
+    let line = failure(command.args(["--serve", "--write"]));
+    assert!(
+        line.starts_with("use ssh-ng:// instead of ssh://, "),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_page_is_its_status_and_title() {
+    let home = Dir::new();
+    let page = "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n\
+                <html>\n<head><title>\n502 No \x1b[31mway\n</title></head>\n<body>nginx</body>\n</html>\n";
+    let line = failure(&mut client_at(answering(page), &home));
+    let in_its_place = "a proxy or web server answered in the relay's place: 502";
+    assert!(
+        line.starts_with(&format!("{in_its_place}: No ?[31mway; ")),
+        "{line}"
+    );
+    let untitled = "HTTP/1.1 502 Bad Gateway\r\nConnection: close\r\n\r\n  <p>nginx</p>";
+    let line = failure(&mut client_at(answering(untitled), &home));
+    assert!(
+        line.starts_with(&format!("{in_its_place}: Bad Gateway; ")),
+        "{line}"
+    );
+}
+
+/// Control characters of all kinds, in a body of 5 MB of which no more is read than is shown.
+#[test]
+fn what_a_relay_says_is_shown_without_harm() {
+    let home = Dir::new();
+    let strange = "a\x1b]0;b\x07c\u{9b}d\u{202e}e\u{2066}f\u{61c}g\u{7f}h";
+    let head = "HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n";
+    let body = strange.to_owned() + &"x".repeat(5_000_000);
+    let address = stranger(move |_, mut stream| {
+        read_head(&mut stream);
+        let whole = stream
+            .write_all((head.to_owned() + &body).as_bytes())
+            .is_ok();
+        assert!(!whole, "all of it was taken");
+    });
+    let line = failure(&mut client_at(address, &home));
+    let text = line.strip_prefix("the relay refused: 403: ").unwrap();
+    assert!(
+        text.bytes().all(|byte| (b' '..=b'~').contains(&byte)),
+        "{line:?}"
+    );
+    assert!(text.starts_with("a?]0;b?c") && text.len() <= 400, "{line}");
+    let reason = format!("\"{strange}\"");
+    let address = session(move |socket| {
+        close(socket, 1011, &reason);
+    });
+    let (status, _, log) = run(&mut client_at(address, &home));
+    assert!(
+        log.starts_with("nix-relay-client: the relay ended the session: 1011: \"a"),
+        "{log}"
+    );
+    assert!(
+        log.trim_end()
+            .bytes()
+            .all(|byte| (b' '..=b'~').contains(&byte)),
+        "{log:?}"
+    );
+    assert_eq!(status, Some(1));
+}
+
+/// websocat of before 1.14 does as this one: it does not know the variable with the token.
+#[test]
+fn an_old_websocat_is_named() {
+    let (issuer, home, bin) = (Issuer::start(), Dir::new(), Dir::new());
+    let relay = Relay::start(&issuer);
+    let path = format!(
+        "{}:{}",
+        project("target/tools/bin").display(),
+        std::env::var("PATH").unwrap()
+    );
+    bin.script(
+        "websocat",
+        &format!(
+            "[ \"$1\" != --version ] || exec echo websocat 1.13.0\nunset WEBSOCAT_BASIC_AUTH\n\
+             PATH={path}\nexec websocat \"$@\""
+        ),
+    );
+    let mut command = client(&relay, &home);
+    command.env("NIX_RELAY_TOKEN", issuer.token());
+    let line = failure(command.env("PATH", format!("{}:{path}", bin.path("").display())));
+    assert!(line.starts_with("websocat 1.13.0 is too old: "), "{line}");
+}
+
+/// What curl asks after websocat failed does not hold the session that it gets.
+#[test]
+fn the_question_why_there_is_no_session_holds_none() {
+    let (issuer, home, bin) = (Issuer::start(), Dir::new(), Dir::new());
+    let relay = Relay::start(&issuer);
+    bin.script(
+        "websocat",
+        "[ \"$1\" != --version ] || exec echo websocat 1.14.1\n\
+         echo 'websocat: WebSocketError: WebSocketError: TLS: certificate verify failed' >&2; exit 1",
+    );
+    let path = format!(
+        "{}:{}",
+        bin.path("").display(),
+        std::env::var("PATH").unwrap()
+    );
+    let mut command = client(&relay, &home);
+    command
+        .env("NIX_RELAY_TOKEN", issuer.token())
+        .env("PATH", path);
+    let before = Instant::now();
+    let line = failure(&mut command);
+    assert!(before.elapsed() < Duration::from_secs(8), "it waited");
+    let why = ": TLS: certificate verify failed; if the CA is your own, set SSL_CERT_FILE to its certificate";
+    assert!(
+        line.starts_with("cannot reach ws://") && line.ends_with(why),
+        "{line}"
+    );
+    relay.log.wait("session ended session=1 ");
+}
+
+/// A listener that takes connections and says nothing, to a WebSocket and to TLS.
+#[test]
+fn a_listener_that_never_answers() {
+    let address =
+        stranger(|_, mut stream| while stream.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
+    let ask = move |scheme: &str| {
+        let home = Dir::new();
+        let mut command = client_at(address, &home);
+        failure(command.env("NIX_RELAY_URL", format!("{scheme}://{address}")))
+    };
+    let tls = thread::spawn(move || ask("wss"));
+    assert!(ask("ws").contains("/relay: no answer within 10 s; "));
+    let line = tls.join().unwrap();
+    assert!(
+        line.contains("/relay: no ") && line.contains(" within 10 s; "),
+        "{line}"
+    );
+}
+
+/// It takes what comes, and answers nothing more.
+#[test]
+fn a_peer_that_vanishes() {
+    let home = Dir::new();
+    let address =
+        session(|socket| while socket.get_mut().read(&mut [0; 4096]).is_ok_and(|n| n > 0) {});
+    let (status, _, log) = run(client_at(address, &home).env("NIX_RELAY_KEEPALIVE_SECS", "1"));
+    let line =
+        "the session broke off: no response from the relay for three keepalive intervals (3 s)";
+    assert_eq!(
+        (status, log),
+        (Some(1), format!("nix-relay-client: {line}\n"))
+    );
+}
+
+/// Waits until websocat has pinged so often, and does not answer.
+fn unanswered(socket: &mut WebSocket<TcpStream>, pings: usize) {
+    for _ in 0..pings {
+        let mut head = [0; 18];
+        socket.get_mut().read_exact(&mut head).unwrap();
+        assert_eq!(head[..2], [0x89, 0x8c], "not a ping of websocat");
+    }
+}
+
+/// A relay that is too busy to answer pings, but for data.
+#[test]
+fn data_is_a_sign_of_life() {
+    let home = Dir::new();
+    let address = session(|socket| {
+        for _ in 0..8 {
+            unanswered(socket, 1);
+            socket.send(Message::Binary("x".into())).unwrap();
+        }
+        close(socket, 1000, "");
+    });
+    let (status, out, log) = run(client_at(address, &home).env("NIX_RELAY_KEEPALIVE_SECS", "1"));
+    assert_eq!(
+        (status, out.as_slice(), &*log),
+        (Some(0), &b"xxxxxxxx"[..], "")
+    );
+}
+
+/// A Nix that is too busy to take what came, behind which pongs wait.
+#[test]
+fn nobody_is_gone_while_nix_is_busy() {
+    let (home, length) = (Dir::new(), 1_000_000);
+    let (seen, pings_are_seen) = mpsc::channel();
+    let address = session(move |socket| {
+        socket
+            .send(Message::Binary(vec![1; length].into()))
+            .unwrap();
+        unanswered(socket, 8);
+        seen.send(()).unwrap();
+        close(socket, 1000, "");
+    });
+    let mut command = client_at(address, &home);
+    let mut child = spawn(command.env("NIX_RELAY_KEEPALIVE_SECS", "1"));
+    let log = Log::of(child.stderr.take().unwrap());
+    pings_are_seen.recv_timeout(LIMIT).unwrap();
+    let mut received = Vec::new();
+    child
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_end(&mut received)
+        .unwrap();
+    assert!(wait(&mut child, LIMIT).success());
+    assert_eq!((received.len(), log.text()), (length, String::new()));
+}
+
+/// Nix kills its client when it is done, and the relay hears a Close all the same.
+#[test]
+fn good_sessions_of_nix_end_with_a_close() {
+    let farm = Farm::start();
+    let (runner, remote) = (farm.runner(), farm.runner().remote());
+    for _ in 0..5 {
+        runner.run(&["store", "ping", "--store", &remote]);
+    }
+    let file = runner.derivation("good", "echo > $out");
+    assert!(runner.build(&file).status().unwrap().success());
+    let path = runner.out_path(&file);
+    runner.run(&["copy", "--no-check-sigs", "--from", &remote, &path]);
+    let count = |part| farm.relay.log.text().matches(part).count();
+    eventually("all sessions have ended", LIMIT, || {
+        count("session opened ") == count("session ended ")
+    });
+    assert!(count("session ended ") >= 7);
+    assert_eq!(count("session ended "), count(" reason=client-closed "));
+}
+
+/// Ctrl-C goes to all that has the terminal.
+#[test]
+fn an_interrupted_nix_leaves_nothing() {
+    let farm = Farm::start();
+    let runner = farm.runner();
+    let file = runner.derivation("endless", "echo started; /bin/sleep 600");
+    let mut command = runner.build(&file);
+    let command = command.process_group(0).stderr(Stdio::piped());
+    let mut build = command.spawn().unwrap();
+    Log::of(build.stderr.take().unwrap()).wait("> started");
+    let url = format!("NIX_RELAY_URL=ws://{}", farm.relay.address);
+    assert!(anyone_with(&url));
+    let group = format!("kill -INT -{}", build.id());
+    assert!(
+        Command::new("sh")
+            .args(["-c", &group])
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert!(!wait(&mut build, LIMIT).success());
+    eventually("nix and its clients are gone", LIMIT, || !anyone_with(&url));
+    farm.relay.log.wait("session ended session=1 ");
 }
