@@ -13,7 +13,7 @@ fn setup(issuer: &Issuer) -> Setup {
 fn get(address: SocketAddr, path: &str) -> String {
     exchange(
         address,
-        format!("GET {path} HTTP/1.1\r\nHost: relay\r\n\r\n").as_bytes(),
+        format!("GET {path} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n").as_bytes(),
     )
 }
 
@@ -211,13 +211,15 @@ fn alert_rules() {
     let issuer = Issuer::start();
     let relay = setup(&issuer).start();
     let known = get(relay.admin(), "/metrics");
-    for name in rules
-        .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
-        .filter(|n| n.starts_with("nix_relay_"))
-    {
+    // Each metric with its label, but for values that are patterns.
+    let exprs = rules.lines().filter(|line| line.contains("expr: "));
+    for expr in exprs {
+        let (_, series) = expr.split_once('(').unwrap();
+        let series = series.split(['[', '~']).next().unwrap();
+        let series = series.trim_end_matches('=');
         assert!(
-            known.contains(&format!("# TYPE {} ", name.trim_end_matches("_bucket"))),
-            "no metric {name}"
+            known.contains(&format!("\n{series}")),
+            "no {series} in {known}"
         );
     }
 }
