@@ -455,14 +455,14 @@ fn each_wait_has_a_limit() {
 #[test]
 fn all_addresses_of_a_name_are_tried() {
     let (issuer, dir) = (Issuer::start(), Dir::new());
-    let relay = Relay::start(&issuer);
+    let relay = Setup::new(&issuer).set("LISTEN", "127.0.0.4:0").start();
     let _hole = black_hole(SocketAddrV4::new(
-        [127, 0, 0, 4].into(),
+        [127, 0, 0, 1].into(),
         relay.address.port(),
     ));
     let hosts = dir.write(
         "hosts",
-        "127.0.0.4 relay.localhost\n127.0.0.1 relay.localhost\n",
+        "127.0.0.1 relay.localhost\n127.0.0.4 relay.localhost\n",
     );
     let mut command = with_hosts(&hosts, native());
     command
@@ -474,8 +474,15 @@ fn all_addresses_of_a_name_are_tried() {
         )
         .env("NIX_RELAY_TOKEN", issuer.token())
         .stdin(Stdio::piped());
+    let start = Instant::now();
     let mut session = Session::start(&mut command);
     assert_eq!(session.echo("x"), "x");
+    // The first has not had all of the time for both.
+    assert!(
+        start.elapsed() < Duration::from_secs(9),
+        "after {:?}",
+        start.elapsed()
+    );
     session.end();
 }
 
@@ -626,6 +633,28 @@ fn through_nginx() {
     let expected = "a proxy or web server answered in the relay's place: 502: Bad Gateway; \
                     does the relay run, and is NIX_RELAY_URL right?";
     assert_eq!(failure_at_once(&mut through(&page)), expected);
+}
+
+/// What it says may come together with the relay's answer.
+#[test]
+fn a_daemon_that_speaks_first() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer)
+        .daemon("head -c 6000 /dev/zero; exec cat")
+        .start();
+    let proxy = Running::start(&NGINX, &[relay.address]);
+    for with_tls in [false, true].repeat(20) {
+        let mut command = client_of(&relay, &issuer);
+        if with_tls {
+            command.envs(proxy.variables());
+        }
+        let mut session = Session::start(&mut command);
+        let mut said = [1; 6000];
+        session.stdout.read_exact(&mut said).unwrap();
+        assert_eq!(said, [0; 6000]);
+        assert_eq!(session.echo("x"), "x");
+        session.end();
+    }
 }
 
 /// In chunks, and with what would turn or move the rest of the line.
