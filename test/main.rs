@@ -7,6 +7,7 @@ mod children;
 mod chroot;
 mod client;
 mod config;
+mod docs;
 mod frames;
 mod handshakes;
 mod http;
