@@ -159,8 +159,8 @@ in
       default = false;
       description = ''
         Whether systemd holds the port, so that connections wait while the relay restarts, and none is refused. Once
-        `settings.server.listen` has changed, this takes `systemctl restart nix-relay.socket nix-relay.service`:
-        NixOS leaves a socket that is in use as it is.
+        `settings.server.listen` has changed, this takes `systemctl restart nix-relay.socket`: NixOS leaves a socket that
+        is in use as it is.
       '';
     };
 
