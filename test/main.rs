@@ -1,5 +1,6 @@
 //! Black-box tests: the real binary, real sockets, a real nix. A module for each part of the promise.
 
+mod action;
 mod admin;
 mod audit;
 mod builders;
