@@ -33,7 +33,8 @@ with_each_client! {
     a_build_ends_when_nix_is_interrupted,
     a_build_ends_when_nix_is_killed,
     a_build_ends_when_the_client_is_killed,
-    a_build_ends_when_the_connection_is_reset
+    a_build_ends_when_the_connection_is_reset,
+    sessions_end_well
 }
 
 fn a_build_happens_remotely_and_its_result_comes_back(client: PathBuf) {
@@ -199,10 +200,9 @@ fn a_build_ends_when_the_connection_is_reset(client: PathBuf) {
 }
 
 /// Nix kills its client when it is done, which the relay is to hear of as a good end.
-#[test]
-fn sessions_end_well() {
+fn sessions_end_well(client: PathBuf) {
     let farm = Farm::start();
-    let runner = farm.runner().with(native());
+    let runner = farm.runner().with(client);
     let file = runner.derivation("hello", "echo hello > $out");
     let remote = runner.remote();
     for _ in 0..3 {
@@ -214,7 +214,7 @@ fn sessions_end_well() {
     all_ended_well(&farm, &runner);
 }
 
-/// As from a terminal, whose Ctrl-C all of the foreground hears.
+/// As from a terminal, whose Ctrl-C all of the foreground hears. It ends client.sh's websocat at once.
 #[test]
 fn ctrl_c_ends_a_session_well() {
     let farm = Farm::start();
