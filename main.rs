@@ -141,9 +141,9 @@ fn serve(config: Config, issuers: oidc::Issuers) -> io::Result<()> {
         warn!("running as PID 1, which does not reap orphans: start the container with --init");
     }
 
-    let listener = match passed_listener()? {
-        Some(listener) => listener,
-        None => listen(&config.server.listen)?,
+    let (listener, is_passed) = match passed_listener()? {
+        Some(listener) => (listener, true),
+        None => (listen(&config.server.listen)?, false),
     };
     let admin_listen = config.server.admin_listen.clone();
     let grace = Duration::from_secs(config.server.shutdown_grace_secs.into());
@@ -152,7 +152,9 @@ fn serve(config: Config, issuers: oidc::Issuers) -> io::Result<()> {
     relay.issuers.start()?;
     info!("relay listening address={}", listener.local_addr()?);
     let accepting = relay.clone();
-    start("accept", move || connection::accept(&accepting, &listener))?;
+    start("accept", move || {
+        connection::accept(&accepting, &listener, is_passed)
+    })?;
     if !admin_listen.is_empty() {
         start_admin(&admin_listen, relay.clone())?;
     }
@@ -307,10 +309,18 @@ mod connection {
         }
     }
 
-    /// Hands every connection to a thread of its own, for ever.
-    pub fn accept(relay: &Arc<Relay>, listener: &TcpListener) {
+    /// Hands every connection to a thread of its own. Never returns, but for a listener that was
+    /// passed: once draining, connections wait in it for the next relay, and none is refused.
+    pub fn accept(relay: &Arc<Relay>, listener: &TcpListener, is_passed: bool) {
         let mut number = 0;
         loop {
+            if is_passed {
+                let connection = Some(PollFd::new(listener, PollFlags::IN));
+                poll::ready([connection, Some(relay.draining.poll_fd())], None);
+                if relay.draining.is_set() {
+                    return;
+                }
+            }
             let (socket, peer) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(e) => {

@@ -1,7 +1,9 @@
 //! SIGTERM and SIGINT: who may finish, who is told to go, and that the process ends with 0.
 
 use crate::support::*;
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Instant;
 
@@ -43,6 +45,40 @@ fn a_session_may_finish() {
     client.close();
     assert_eq!(relay.wait().code(), Some(0));
     relay.log.wait("reason=client-closed ");
+}
+
+/// As under systemd's nix-relay.socket, which holds the port.
+#[test]
+fn connections_wait_in_a_passed_socket_for_the_next_relay() {
+    let issuer = Issuer::start();
+    let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::empty()).unwrap();
+    let pass = format!(
+        "exec 3<&{}; export LISTEN_FDS=1 LISTEN_PID=$$",
+        socket.as_raw_fd()
+    );
+    let start = || {
+        let setup = Setup::new(&issuer).set("LISTEN", "127.0.0.1:1");
+        setup.set("SHUTDOWN_GRACE_SECS", LONG).under(&pass).start()
+    };
+
+    let mut old = start();
+    assert_eq!(old.address, socket.local_addr().unwrap());
+    let mut session = old.connect(&issuer.token());
+    old.signal("TERM");
+    old.log.wait("shutting down");
+    let mut waiting = old.tcp();
+    let headers = format!("Authorization: Bearer {}\r\n", issuer.token());
+    waiting
+        .write_all(upgrade_request(&headers).as_bytes())
+        .unwrap();
+    session.send("still served");
+    assert_eq!(session.receive(), b"still served");
+    session.close();
+    assert_eq!(old.wait().code(), Some(0));
+
+    let _new = start();
+    assert!(read_head(&mut waiting).starts_with("HTTP/1.1 101 "));
 }
 
 #[test]
