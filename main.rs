@@ -2161,8 +2161,7 @@ mod client {
     use std::sync::{Arc, mpsc};
     use std::time::{Duration, Instant};
     use std::{env, fs, thread};
-    use tungstenite::handshake::client::{Response, generate_key};
-    use tungstenite::handshake::{derive_accept_key, machine::TryParse};
+    use tungstenite::handshake::{client::generate_key, derive_accept_key};
     use tungstenite::protocol::{Role, frame::coding::CloseCode};
     use ureq::http::{StatusCode, Uri};
     use ureq::{Proxy, ProxyProtocol};
@@ -2183,7 +2182,16 @@ mod client {
     /// For a Close to go out, and for the relay's end.
     const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
     /// Of an answer's head, and of its body.
+    const MAX_HEADERS: usize = 128;
     const MAX_ANSWER_BYTES: usize = 64 << 10;
+
+    /// Of a text of the other side.
+    const MAX_SHOWN_CHARS: usize = 400;
+    /// What turns the direction of writing (Unicode Standard Annex 9).
+    const TURNS: [char; 12] = [
+        '\u{61C}', '\u{200E}', '\u{200F}', '\u{202A}', '\u{202B}', '\u{202C}', '\u{202D}',
+        '\u{202E}', '\u{2066}', '\u{2067}', '\u{2068}', '\u{2069}',
+    ];
 
     /// Where a job finds its tokens, or what to get one with.
     const NIX_RELAY: &str = "NIX_RELAY_TOKEN";
@@ -2426,19 +2434,9 @@ mod client {
                     format!("{words} without an answer; does the relay run?"),
                     true,
                 ),
+                // Words of ours.
+                ErrorKind::Other => Failure::new(e.to_string(), false),
                 _ => Failure::new(words, false),
-            }
-        }
-    }
-
-    impl From<tungstenite::Error> for Failure {
-        fn from(e: tungstenite::Error) -> Failure {
-            match e {
-                tungstenite::Error::Io(e) => e.into(),
-                _ => Failure::new(
-                    "its answer is not HTTP; is it a relay that listens there?",
-                    false,
-                ),
             }
         }
     }
@@ -2482,7 +2480,10 @@ mod client {
             (None, Some(url), Some((_, secret))) => {
                 let failed =
                     |failure: Failure| failure.during("no token from ACTIONS_ID_TOKEN_REQUEST_URL");
-                (ACTIONS_URL, request_token(&url, &secret).map_err(failed)?)
+                (
+                    ACTIONS_URL,
+                    request_token(&url, secret.trim_end()).map_err(failed)?,
+                )
             }
             _ => given(GITLAB)
                 .or_else(|| given(CIRCLE))
@@ -2649,16 +2650,14 @@ mod client {
             }
             let failed = |failure: Failure| failure.during("the proxy of HTTPS_PROXY");
             let socket = dial(proxy.host(), proxy.port()).map_err(|e| failed(e.into()))?;
-            let (answer, _) = exchange(&mut Timed::new(&socket, ANSWER_LATE), &(request + "\r\n"))
-                .map_err(|e| failed(e.into()))?;
-            if answer.status().is_success() {
+            let mut timed = Timed::new(&socket, ANSWER_LATE);
+            let answer = exchange(&mut timed, &(request + "\r\n")).map_err(failed)?;
+            if answer.status.is_success() {
                 return Ok(socket);
             }
-            let text = format!(
-                "the proxy of HTTPS_PROXY refused: {}",
-                answer.status().as_u16()
-            );
-            Err(Failure::new(text, may_pass(answer.status())))
+            let code = answer.status.as_u16();
+            let text = format!("the proxy of HTTPS_PROXY refused: {code}");
+            Err(Failure::new(text, may_pass(answer.status)))
         }
 
         /// Asks for a WebSocket (RFC 6455, section 4.1): what came behind the answer.
@@ -2676,18 +2675,19 @@ mod client {
                  Sec-WebSocket-Key: {key}\r\nAuthorization: Bearer {token}\r\n\r\n"
             );
 
-            let (answer, rest) = exchange(stream, &request)?;
-            if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
-                return Ok(Err(refusal(&answer, &read_body(&answer, rest, stream))));
+            let mut answer = exchange(stream, &request)?;
+            if answer.status != StatusCode::SWITCHING_PROTOCOLS {
+                let body = read_body(&mut answer, stream);
+                return Ok(Err(refusal(&answer, &body)));
             }
             let accept = derive_accept_key(key.as_bytes());
             for (name, expected) in [("Upgrade", "websocket"), ("Sec-WebSocket-Accept", &accept)] {
-                if !header(&answer, name).eq_ignore_ascii_case(expected) {
+                if !answer.header(name).eq_ignore_ascii_case(expected) {
                     let text = format!("its answer is not a WebSocket handshake: wrong {name}");
                     return Err(Failure::new(text, false));
                 }
             }
-            Ok(Ok(rest))
+            Ok(Ok(answer.rest))
         }
     }
 
@@ -2729,13 +2729,8 @@ mod client {
             None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
         }
 
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|e| e.to_string())?;
-        Ok(Arc::new(
-            config.with_root_certificates(roots).with_no_client_auth(),
-        ))
+        let config = ClientConfig::builder().with_root_certificates(roots);
+        Ok(Arc::new(config.with_no_client_auth()))
     }
 
     /// A socket for one step, which may take STEP_TIMEOUT in all.
@@ -2787,39 +2782,63 @@ mod client {
         }
     }
 
-    /// The head of what is answered to a request, and the bytes that came behind it.
-    fn exchange(
-        stream: &mut (impl Read + Write),
-        request: &str,
-    ) -> Result<(Response, Vec<u8>), tungstenite::Error> {
+    /// What is answered to a request, as far as it was read.
+    struct Answer {
+        status: StatusCode,
+        headers: Vec<(String, String)>,
+        /// What came behind its head.
+        rest: Vec<u8>,
+    }
+
+    impl Answer {
+        fn header(&self, name: &str) -> &str {
+            let mut all = self.headers.iter();
+            let found = all.find(|(found, _)| found.eq_ignore_ascii_case(name));
+            found.map_or("", |(_, value)| value)
+        }
+    }
+
+    fn exchange(stream: &mut (impl Read + Write), request: &str) -> Result<Answer, Failure> {
         stream.write_all(request.as_bytes())?;
         stream.flush()?;
 
-        let mut answer = Vec::new();
-        while answer.len() < MAX_ANSWER_BYTES {
+        let mut bytes = Vec::new();
+        while bytes.len() < MAX_ANSWER_BYTES {
             let mut chunk = [0; 4096];
             let length = stream.read(&mut chunk)?;
             if length == 0 {
                 return Err(io::Error::from(ErrorKind::UnexpectedEof).into());
             }
-            answer.extend(&chunk[..length]);
-            if let Some((length, head)) = Response::try_parse(&answer)? {
-                return Ok((head, answer.split_off(length)));
+            bytes.extend(&chunk[..length]);
+
+            let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
+            let mut head = httparse::Response::new(&mut headers);
+            let Ok(parsed) = head.parse(&bytes) else {
+                break;
+            };
+            let status = head.code.and_then(|code| StatusCode::from_u16(code).ok());
+            if let (httparse::Status::Complete(length), Some(status)) = (parsed, status) {
+                let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+                let header = |header: &httparse::Header| (header.name.into(), text(header.value));
+                let headers = head.headers.iter().map(header).collect();
+                let rest = bytes.split_off(length);
+                return Ok(Answer {
+                    status,
+                    headers,
+                    rest,
+                });
             }
         }
-        Err(tungstenite::Error::AttackAttempt)
-    }
-
-    fn header<'a>(answer: &'a Response, name: &str) -> &'a str {
-        let value = answer.headers().get(name);
-        value
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default()
+        Err(Failure::new(
+            "its answer is not HTTP; is it a relay that listens there?",
+            false,
+        ))
     }
 
     /// The body of an answer, or what can be had of it.
-    fn read_body(answer: &Response, mut body: Vec<u8>, stream: &mut impl Read) -> String {
-        let length = header(answer, "Content-Length").parse();
+    fn read_body(answer: &mut Answer, stream: &mut impl Read) -> String {
+        let mut body = std::mem::take(&mut answer.rest);
+        let length = answer.header("Content-Length").parse();
         let length = length.unwrap_or(MAX_ANSWER_BYTES).min(MAX_ANSWER_BYTES);
         let mut chunk = [0; 4096];
         // What comes in chunks ends with an empty one (RFC 9112, section 7.1).
@@ -2831,7 +2850,7 @@ mod client {
         }
 
         let text = String::from_utf8_lossy(&body);
-        let is_chunked = !header(answer, "Transfer-Encoding").is_empty();
+        let is_chunked = !answer.header("Transfer-Encoding").is_empty();
         match text.split_once("\r\n") {
             Some((_, behind_size)) if is_chunked => behind_size.to_owned(),
             _ => text.into_owned(),
@@ -2840,11 +2859,11 @@ mod client {
 
     /// An answer that is not the WebSocket asked for: the relay's, or a page of something before
     /// it.
-    fn refusal(answer: &Response, body: &str) -> Failure {
-        let status = answer.status();
+    fn refusal(answer: &Answer, body: &str) -> Failure {
+        let status = answer.status;
         let code = status.as_u16().to_string();
         let is_page =
-            header(answer, "Content-Type").starts_with("text/html") || body.starts_with('<');
+            answer.header("Content-Type").starts_with("text/html") || body.starts_with('<');
         let said = plain(match is_page {
             true => title(body).unwrap_or_default(),
             false => body.lines().next().unwrap_or_default(),
@@ -2862,7 +2881,7 @@ mod client {
             ),
             false => format!("the relay refused: {said}"),
         };
-        let wait = header(answer, "Retry-After").parse().unwrap_or_default();
+        let wait = answer.header("Retry-After").parse().unwrap_or_default();
         let again_after = may_pass(status).then_some(Duration::from_secs(wait));
         Failure { text, again_after }
     }
@@ -2884,14 +2903,10 @@ mod client {
     /// turns the direction of writing.
     fn plain(text: &str) -> String {
         let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-        let turns = ['\u{61C}', '\u{200E}', '\u{200F}'];
-        let turns = |c| {
-            turns.contains(&c)
-                || ('\u{202A}'..='\u{202E}').contains(&c)
-                || ('\u{2066}'..='\u{2069}').contains(&c)
-        };
-        let kept = line.chars().filter(|&c| !c.is_control() && !turns(c));
-        kept.take(400).collect()
+        let kept = line
+            .chars()
+            .filter(|&c| !c.is_control() && !TURNS.contains(&c));
+        kept.take(MAX_SHOWN_CHARS).collect()
     }
 
     /// `what: detail`, as far as there is a detail.
