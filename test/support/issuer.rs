@@ -108,12 +108,17 @@ fn changed(mut object: Value, changes: Value) -> Value {
     object
 }
 
+/// What a path answers: a status, header lines, and a body.
+#[derive(Clone)]
+struct Answer(u16, Vec<String>, Vec<u8>);
+
 /// A running issuer; dropped, it stops.
 pub struct Issuer {
     server: Arc<tiny_http::Server>,
-    answers: Arc<Mutex<HashMap<String, (u16, String)>>>,
+    answers: Arc<Mutex<HashMap<String, Answer>>>,
     delays: Arc<Mutex<HashMap<String, std::time::Duration>>>,
     requests: Arc<Mutex<Vec<String>>>,
+    headers: Arc<Mutex<Vec<String>>>,
 }
 
 impl Issuer {
@@ -128,6 +133,7 @@ impl Issuer {
             answers: Arc::default(),
             delays: Arc::default(),
             requests: Arc::default(),
+            headers: Arc::default(),
         };
         let (server, answers, delays) = (
             issuer.server.clone(),
@@ -135,20 +141,21 @@ impl Issuer {
             issuer.delays.clone(),
         );
         let (requests, url) = (issuer.requests.clone(), issuer.url());
+        let headers = issuer.headers.clone();
         std::thread::spawn(move || {
             for request in server.incoming_requests() {
                 let path = request.url().split('?').next().unwrap().to_owned();
                 requests.lock().unwrap().push(request.url().to_owned());
+                let lines = request.headers().iter().map(|line| line.to_string());
+                headers.lock().unwrap().extend(lines);
                 let wrong = answers.lock().unwrap().get(&path).cloned();
-                let (status, body) = wrong.unwrap_or_else(|| respond(&url, &path, &request));
-                let mut response =
-                    tiny_http::Response::from_string(&*body).with_status_code(status);
-                if status / 100 == 3 {
-                    response.add_header(
-                        format!("Location: {body}")
-                            .parse::<tiny_http::Header>()
-                            .unwrap(),
-                    );
+                let Answer(status, lines, body) = wrong.unwrap_or_else(|| {
+                    let (status, body) = respond(&url, &path, &request);
+                    Answer(status, vec![], body.into())
+                });
+                let mut response = tiny_http::Response::from_data(body).with_status_code(status);
+                for line in lines {
+                    response.add_header(line.parse::<tiny_http::Header>().unwrap());
                 }
                 let delay = delays
                     .lock()
@@ -171,10 +178,16 @@ impl Issuer {
 
     /// From now on, what a path answers; the body of a redirect is where it leads.
     pub fn answer(&self, path: &str, status: u16, body: &str) {
-        self.answers
-            .lock()
-            .unwrap()
-            .insert(path.into(), (status, body.into()));
+        let location = format!("Location: {body}");
+        let lines: &[&str] = if status / 100 == 3 { &[&location] } else { &[] };
+        self.answer_with(path, status, lines, body);
+    }
+
+    /// The same with header lines and a body of any bytes.
+    pub fn answer_with(&self, path: &str, status: u16, lines: &[&str], body: impl Into<Vec<u8>>) {
+        let lines = lines.iter().map(|line| line.to_string()).collect();
+        let answer = Answer(status, lines, body.into());
+        self.answers.lock().unwrap().insert(path.into(), answer);
     }
 
     /// From now on, how long a path's answers take.
@@ -185,6 +198,16 @@ impl Issuer {
     /// The paths and queries of all requests so far.
     pub fn requests(&self) -> Vec<String> {
         self.requests.lock().unwrap().clone()
+    }
+
+    /// From now on, as if nobody had asked for anything.
+    pub fn forget(&self) {
+        self.requests.lock().unwrap().clear();
+    }
+
+    /// The header lines of all requests so far.
+    pub fn headers(&self) -> Vec<String> {
+        self.headers.lock().unwrap().clone()
     }
 
     /// The claims of a good token, changed as `changes` says; null takes a claim away.
