@@ -203,12 +203,12 @@ fn bytes_that_are_not_this_protocol() {
         ("NUL in a value", with("X: \0\r\n"), "400"),
         (
             "NUL in the path",
-            b"GET /rel\0ay HTTP/1.1\r\n\r\n".into(),
+            b"GET /rel\0ay HTTP/1.1\r\nHost: relay\r\n\r\n".into(),
             "400",
         ),
         (
             "not UTF-8 in the path",
-            b"GET /\xFF HTTP/1.1\r\n\r\n".into(),
+            b"GET /\xFF HTTP/1.1\r\nHost: relay\r\n\r\n".into(),
             "400",
         ),
         ("not UTF-8 in a token", token, "401"),
@@ -293,4 +293,63 @@ fn refused_clients_that_stay() {
     served_at_once(&relay, &issuer);
     drop(refused);
     relay.back_to(before);
+}
+
+/// What a refused client goes on to send is read for a second, and by nobody who has others to serve.
+#[test]
+fn refused_clients_that_go_on_sending() {
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let before = relay.at_rest();
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..4)
+            .map(|_| {
+                let mut stream = relay.tcp();
+                scope.spawn(move || {
+                    stream.write_all(b"GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n")?;
+                    let start = Instant::now();
+                    while start.elapsed() < 2 * AT_ONCE {
+                        stream.write_all(&[0; 65536])?;
+                    }
+                    Ok::<(), std::io::Error>(())
+                })
+            })
+            .collect();
+        served_at_once(&relay, &issuer);
+        for client in clients {
+            assert!(client.join().unwrap().is_err(), "it may go on for ever");
+        }
+    });
+    relay.back_to(before);
+}
+
+/// Where there is no place left, whoever comes is told so, and cannot keep the relay busy with it.
+#[test]
+fn clients_without_a_place_that_go_on_sending() {
+    let issuer = Issuer::start();
+    let setup = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "600");
+    let relay = setup.set("HANDSHAKE_TIMEOUT_SECS", "600").start();
+    let request = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
+    let _sessions: Vec<Client> = (0..32).map(|_| relay.connect(&issuer.token())).collect();
+    let sending = |request: &str| {
+        let mut stream = relay.tcp();
+        let _ = stream.write_all(request.as_bytes());
+        stream
+    };
+    let _waiting: Vec<TcpStream> = (0..256).map(|_| sending(&request)).collect();
+    let _silent: Vec<TcpStream> = (0..256).map(|_| sending("")).collect();
+    let busy = (0..4).map(|_| sending("GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n"));
+    let busy: Vec<TcpStream> = busy.collect();
+    thread::scope(|scope| {
+        for mut stream in busy {
+            scope.spawn(move || {
+                let start = Instant::now();
+                while start.elapsed() < AT_ONCE && stream.write_all(&[0; 65536]).is_ok() {}
+            });
+        }
+        let asked = Instant::now();
+        let answer = relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
+        assert_eq!(status(&answer), "200", "{answer}");
+        assert!(asked.elapsed() < AT_ONCE, "after {:?}", asked.elapsed());
+    });
 }

@@ -3,11 +3,16 @@
 use crate::support::*;
 use jwt_simple::reexports::ct_codecs::{Base64, Encoder};
 use std::io::{ErrorKind, Read, Write};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const BEARER: &str = "www-authenticate: Bearer realm=\"nix-relay\"";
 const INVALID: &str = "www-authenticate: Bearer realm=\"nix-relay\", error=\"invalid_token\"";
-const UPGRADE: &[&str] = &["upgrade: websocket", "sec-websocket-version: 13"];
+const UPGRADE: &[&str] = &[
+    "upgrade: websocket",
+    "sec-websocket-version: 13",
+    "connection: upgrade",
+];
 const RETRY: &str = "retry-after: 5";
 
 /// Every byte of an answer is checked, but for the words of its line, which must say `says`; and
@@ -39,6 +44,17 @@ fn check_head<'a>(answer: &'a str, status: &str, headers: &[&str], about: &str) 
         None => line.to_owned(),
     };
     let mut head: Vec<_> = head.split("\r\n").map(lower).collect();
+    // One of a list, or a line of its own, is the same (RFC 9110, section 5.3).
+    if let Some(both) = head
+        .iter()
+        .position(|line| line == "connection: upgrade, close")
+    {
+        head[both] = "connection: close".into();
+        head.push("connection: upgrade".into());
+    }
+    let date = head.iter().position(|line| line.starts_with("date: "));
+    let date = head.remove(date.unwrap_or_else(|| panic!("no Date: {about}")));
+    check_date(date.strip_prefix("date: ").unwrap());
     let (status, length) = (
         format!("HTTP/1.1 {status}"),
         format!("content-length: {}", body.len()),
@@ -56,6 +72,23 @@ fn check_head<'a>(answer: &'a str, status: &str, headers: &[&str], about: &str) 
     body
 }
 
+/// In the form that RFC 9110 wants (section 5.6.7), and not another time than now.
+fn check_date(date: &str) {
+    let output = Command::new("date").args(["+%s", "-d", date]).output();
+    let secs = String::from_utf8(output.unwrap().stdout).unwrap();
+    let secs: u64 = secs.trim().parse().unwrap_or_else(|_| panic!("{date}"));
+    assert!(issuer::now().abs_diff(secs) < 60, "{date}");
+    let format = ["-u", "+%a, %d %b %Y %T GMT", "-d", date];
+    let output = Command::new("date")
+        .env("LC_ALL", "C")
+        .args(format)
+        .output();
+    assert_eq!(
+        String::from_utf8(output.unwrap().stdout).unwrap().trim(),
+        date
+    );
+}
+
 /// A request with nothing but these header lines.
 fn get(path: &str, headers: &str) -> String {
     format!("GET {path} HTTP/1.1\r\nHost: relay\r\n{headers}\r\n")
@@ -70,16 +103,21 @@ fn upgraded(relay: &Relay, headers: &str) -> String {
     read_head(&mut stream)
 }
 
+/// An answer but for its Date, which may be a second later than another.
+fn undated(answer: &str) -> String {
+    let is_date = |line: &&str| line.to_lowercase().starts_with("date: ");
+    let lines = answer.split_inclusive("\r\n");
+    lines.filter(|line| !is_date(line)).collect()
+}
+
 #[test]
 fn healthz() {
     let relay = Relay::start(&Issuer::start());
     let answer = relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
     assert_eq!(check_head(&answer, "200 OK", &[], &answer), "ok\n");
     let head = answer.strip_suffix("ok\n").unwrap();
-    assert_eq!(
-        relay.exchange(b"HEAD /healthz HTTP/1.1\r\nHost: relay\r\n\r\n"),
-        head
-    );
+    let got = relay.exchange(b"HEAD /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
+    assert_eq!(undated(&got), undated(head));
 }
 
 #[test]
@@ -129,6 +167,43 @@ fn switching_protocols() {
     }
 }
 
+/// Lists over several lines, with spaces and tabs around their members (RFC 9110, section 5.6.1).
+#[test]
+fn an_upgrade_among_others() {
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let request = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
+    let (connection, upgrade) = ("Connection: Upgrade\r\n", "Upgrade: websocket\r\n");
+    for (part, instead) in [
+        (connection, "Connection: keep-alive, Upgrade\r\n"),
+        (connection, "Connection: keep-alive,upgrade\r\n"),
+        (
+            connection,
+            "Connection: keep-alive\r\nConnection: Upgrade\r\n",
+        ),
+        (
+            connection,
+            "Connection: Upgrade\r\nconnection: keep-alive\r\n",
+        ),
+        (connection, "Connection:\tkeep-alive\t,\tUPGRADE\t\r\n"),
+        (connection, "Connection: , ,Upgrade, \r\n"),
+        (upgrade, "Upgrade: h2c, websocket\r\n"),
+        (upgrade, "Upgrade: h2c\r\nUpgrade: WebSocket\r\n"),
+        (upgrade, "Upgrade:\twebsocket ,\th2c\r\n"),
+        // None at all is no body.
+        (connection, "Connection: Upgrade\r\nContent-Length: 0\r\n"),
+        ("Host: relay\r\n", "Host:\r\n"),
+    ] {
+        assert!(request.contains(part));
+        let mut stream = relay.tcp();
+        stream
+            .write_all(request.replacen(part, instead, 1).as_bytes())
+            .unwrap();
+        let head = read_head(&mut stream);
+        assert!(head.starts_with("HTTP/1.1 101 "), "{instead}{head}");
+    }
+}
+
 #[test]
 fn refusals() {
     let issuer = Issuer::start();
@@ -169,7 +244,7 @@ fn refusals() {
             "method",
         ),
         (
-            "PUT /healthz HTTP/1.1\r\n\r\n".into(),
+            "PUT /healthz HTTP/1.1\r\nHost: relay\r\n\r\n".into(),
             "405 Method Not Allowed",
             &["allow: GET, HEAD"],
             "method",
@@ -179,7 +254,7 @@ fn refusals() {
             "\u{16}\u{3}\u{1}\u{2}\u{0}".into(),
             "400 Bad Request",
             &[],
-            "HTTP/1.1",
+            "TLS",
         ),
         (
             "GET /relay HTTP/2.0\r\n\r\n".into(),
@@ -242,6 +317,37 @@ fn refusals() {
             "token",
         ),
     ];
+    let (host, bearer_line) = ("Host: relay\r\n", bearer(&token));
+    let key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
+    let with = |line: &str| good.replacen(&bearer_line, &(line.to_owned() + &bearer_line), 1);
+    let proxied = |header: &str| format!("{header}{good}");
+    for (request, says) in [
+        (good.replace(host, ""), "Host"),
+        (good.replace(host, "Host: relay\r\nHost: relay\r\n"), "Host"),
+        (good.replace(host, "Host: relay\r\nhost: other\r\n"), "Host"),
+        (get("/healthz", "").replace(host, ""), "Host"),
+        (get("/healthz", host), "Host"),
+        (get("/nothing", "").replace(host, ""), "Host"),
+        (with("Content-Length: 5\r\n") + "abcde", "body"),
+        (with("Transfer-Encoding: chunked\r\n") + "0\r\n\r\n", "body"),
+        (with(key), "Sec-WebSocket-Key"),
+        (
+            with("Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"),
+            "Sec-WebSocket-Key",
+        ),
+        (
+            proxied("PROXY TCP4 192.0.2.1 192.0.2.2 5000 80\r\n"),
+            "PROXY protocol",
+        ),
+        (proxied("PROXY UNKNOWN\r\n"), "PROXY protocol"),
+        // Version 2, whose first twelve bytes are the same whatever follows.
+        (
+            proxied("\r\n\r\n\0\r\nQUIT\n\u{20}\0\0\0"),
+            "PROXY protocol",
+        ),
+    ] {
+        rows.push((request, "400 Bad Request", &[], says));
+    }
     for path in ["/relay", "/relay?x=y", "http://relay/relay"] {
         rows.push((get(path, ""), "426 Upgrade Required", UPGRADE, "WebSocket"));
         rows.push((
@@ -253,8 +359,15 @@ fn refusals() {
     }
     for (part, instead) in [
         ("HTTP/1.1", "HTTP/1.0"),
+        ("HTTP/1.1\r\nHost: relay", "HTTP/1.0"),
         ("Connection: Upgrade\r\n", ""),
         ("Connection: Upgrade", "Connection: keep-alive"),
+        // A proxy that reads these as RFC 9110 has them would take a 101 for an error of the relay.
+        ("Connection: Upgrade", "Connection: keep-alive Upgrade"),
+        ("Connection: Upgrade", "Connection: Upgrade keep-alive"),
+        ("Connection: Upgrade", "Connection: Upgraded"),
+        ("Upgrade: websocket", "Upgrade: h2c websocket"),
+        ("Upgrade: websocket", "Upgrade: websockets"),
         ("Upgrade: websocket\r\n", ""),
         ("Upgrade: websocket", "Upgrade: h2c"),
         ("Sec-WebSocket-Version: 13\r\n", ""),
@@ -310,12 +423,10 @@ fn the_answer_to_head_is_that_to_get_without_its_body() {
         let got = relay.exchange(get(path, "").as_bytes());
         let (head, body) = got.split_at(got.find("\r\n\r\n").unwrap() + 4);
         assert!(head.starts_with(&format!("HTTP/1.1 {status} ")) && !body.is_empty());
-        assert_eq!(
-            relay.exchange(get(path, "").replace("GET", "HEAD").as_bytes()),
-            head
-        );
+        let asked = relay.exchange(get(path, "").replace("GET", "HEAD").as_bytes());
+        assert_eq!(undated(&asked), undated(head));
     }
-    let head = relay.exchange(b"HEAD /relay HTTP/1.1\r\n\r\n");
+    let head = relay.exchange(b"HEAD /relay HTTP/1.1\r\nHost: relay\r\n\r\n");
     assert!(
         head.starts_with("HTTP/1.1 405 ") && head.contains("\r\nAllow: GET\r\n"),
         "{head}"
@@ -420,7 +531,8 @@ fn draining() {
         "draining\n"
     );
     let head = relay.exchange(get("/healthz", "").replace("GET", "HEAD").as_bytes());
-    assert_eq!(head, answer.strip_suffix("draining\n").unwrap());
+    let answered = answer.strip_suffix("draining\n").unwrap();
+    assert_eq!(undated(&head), undated(answered));
     client.send("still here");
     assert_eq!(client.receive(), b"still here");
     client.close();
