@@ -16,6 +16,7 @@ mod keys;
 mod nix;
 mod nixos;
 mod peers;
+mod places;
 mod proxies;
 mod rules;
 mod scarcity;
