@@ -209,8 +209,14 @@ fn what_check_prints_is_a_configuration_with_the_same_effect() {
     for (key, _, _, in_file, _, _) in KEYS {
         text += &format!("{key} = {in_file}\n");
     }
+    let published = json!({"keys": issuer::published()}).to_string();
+    let keys = dir.write("keys.json", &published);
     text += "[[auth.rule]]\nname = 'a'\nbound_claims = { ref = ['a', 5], x = true }\n";
-    text += "[[auth.rule]]\nname = 'b'\nissuer = 'https://example.com'\nbound_claims.ref = 'b'\nextra_args = []\n";
+    text += "[[auth.rule]]\nname = 'b'\nissuer = 'https://example.com'\nbound_claims.ref = 'b'\nextra_args = []\nmax_connections = 3\n";
+    text += &format!(
+        "[auth.jwks_files]\n'https://example.com' = '{}'\n",
+        keys.display()
+    );
     let first = effective(command.arg("--check").arg(dir.write("1.toml", &text)));
     let second = dir.write("2.toml", &first.to_string());
     assert_eq!(effective(binary().arg("--check").arg(second)), first);
@@ -380,6 +386,22 @@ fn errors_in_a_file() {
             "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nextra_args = '--stdio'",
             "4",
             "rule.extra_args",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nmax_connections = 0",
+            "4",
+            "max_connections",
+        ),
+        (
+            "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\nmax_connections = '2'",
+            "4",
+            "max_connections",
+        ),
+        ("[auth]\njwks_files = 'keys.json'", "2", "jwks_files"),
+        (
+            "[auth.jwks_files]\n'https://example.com' = 5",
+            "2",
+            "example.com",
         ),
         (
             "[[auth.rule]]\nname = 'a'\nbound_claims.ref = 'a'\n\n[[auth.rule]]\nname = 'b'\nbound_claims.ref = []",
