@@ -111,7 +111,7 @@ fn closes() {
 
 #[test]
 fn lengths() {
-    let fragment = frame(0x02, &vec![0; 16 << 20]);
+    let fragment = frame(0x02, &vec![0; 4 << 20]);
     each_is_closed_with(&[
         ("2^63", announced(0x82, 1 << 63), 1009),
         ("2^64 - 1", announced(0x82, u64::MAX), 1009),
@@ -121,9 +121,9 @@ fn lengths() {
             [frame(0x02, b"x"), announced(0x00, 1 << 63)].concat(),
             1009,
         ),
-        ("16 MiB + 1", frame(0x82, &vec![0; (16 << 20) + 1]), 1009),
+        ("4 MiB + 1", frame(0x82, &vec![0; (4 << 20) + 1]), 1009),
         (
-            "16 MiB + 1 in fragments",
+            "4 MiB + 1 in fragments",
             [fragment, frame(0x80, b"x")].concat(),
             1009,
         ),

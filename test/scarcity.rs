@@ -60,7 +60,7 @@ fn threads_and_processes() {
     let copy = copy.to_str().unwrap();
     let limited = format!(
         "install -m 755 \"$0\" {copy}
-         exec setpriv --reuid={user} --clear-groups prlimit --nproc=12 {copy}"
+         exec setpriv --reuid={user} --clear-groups prlimit --nproc=24 {copy}"
     );
     let relay = Setup::new(&issuer).under(&limited).start();
     survives(&relay, &issuer, "the relay is busy; try again later: ");
@@ -111,8 +111,8 @@ fn a_full_tmp() {
     let before = relay.at_rest();
     for number in 1..=3 {
         let mut client = relay.connect(&issuer.token());
-        client.send(vec![b'x'; 5_000_000]);
-        assert_eq!(client.receive_exactly(5_000_000), [b'x'; 5_000_000]);
+        client.send(vec![b'x'; 4_000_000]);
+        assert_eq!(client.receive_exactly(4_000_000), [b'x'; 4_000_000]);
         client.close();
         relay.log.wait(&format!("session ended session={number} "));
         assert!(
