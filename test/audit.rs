@@ -136,6 +136,38 @@ fn a_mixed_run() {
     );
 }
 
+/// Each proxy appends, so what counts is the end; what stands before it may be anybody's.
+#[test]
+fn the_last_proxy_is_in_the_log_whatever_a_client_claims() {
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let claimed = "1".repeat(8000);
+    for lines in [
+        format!("X-Forwarded-For: {claimed}, 203.0.113.7\r\n"),
+        format!("X-Forwarded-For: {claimed}\r\nX-Forwarded-For: 203.0.113.7\r\n"),
+        format!("X-Forwarded-For: {}, 203.0.113.7\r\n", "ä\t".repeat(2000)),
+    ] {
+        let (_, line) = relay.refused(upgrade_request(&lines).as_bytes());
+        let (_, fields) = parse(&line);
+        let forwarded = &fields["forwarded_for"];
+        assert!(forwarded.ends_with(", 203.0.113.7\""), "{forwarded}");
+        assert!(forwarded.len() < 2000, "{forwarded}");
+    }
+}
+
+/// The first process of a container inherits what others leave behind, and does not wait for it.
+#[test]
+fn process_one_says_what_it_needs() {
+    let issuer = Issuer::start();
+    let first = "exec unshare --pid --fork --kill-child \"$0\"";
+    let relay = Setup::new(&issuer).under(first).start();
+    let line = relay.log.wait("--init");
+    assert!(line.contains(" WARN "), "{line}");
+    relay.connect(&issuer.token()).close();
+    let mut other = Relay::start(&issuer);
+    assert!(!other.stop().contains("--init"));
+}
+
 #[test]
 fn rust_log_chooses() {
     let issuer = Issuer::start();

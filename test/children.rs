@@ -2,6 +2,7 @@
 
 use crate::support::*;
 use std::io::{ErrorKind, Write};
+use std::process::Command;
 use std::thread;
 use std::time::Instant;
 
@@ -78,6 +79,45 @@ fn a_long_reason_is_cut_between_characters() {
         let (_, code, reason) = stage(&format!("echo '{first}{line}' >&2; exit 7")).session();
         let whole = format!("nix-daemon exited with status 7: {first}{line}");
         assert_eq!((code, reason.as_str()), (1011, &whole[..length]));
+    }
+}
+
+/// What a terminal would take for a command is for nobody: neither in the log nor in the Close.
+#[test]
+fn a_reason_in_colours() {
+    let line =
+        "\\033[31;1merror:\\033[0m \\033]8;;http://a\\033\\\\it\\033]8;;\\007 is red\\007";
+    let stage = stage(&format!("printf '{line}\\n' >&2; exit 1"));
+    let (_, code, reason) = stage.session();
+    let expected = "nix-daemon exited with status 1: error: it is red";
+    assert_eq!((code, reason.as_str()), (1011, expected));
+    stage
+        .relay
+        .log
+        .wait("nix-daemon says session=1 line=\"error: it is red\"");
+    stage.nothing_is_left();
+    assert!(!stage.relay.log.text().contains("[31"));
+}
+
+/// Not what comes behind it to end a colour, a paragraph or a drawing.
+#[test]
+fn the_reason_is_the_last_line_with_words_in_it() {
+    let long = format!("the reason {}", "x".repeat(5000));
+    for lines in [
+        r"first\nthe reason\n\n",
+        r"first\nthe reason\n  \t\r\n",
+        r"first\nthe reason\n\033[0m\n",
+        r"first\nthe reason\n\033[0m",
+        r"first\nthe reason\n  }\n---\n",
+        r"first\r\nthe reason\r\n",
+        // Of more than 4 KiB, of which the log has two lines and the second is no beginning.
+        &format!(r"first\n{long}\n"),
+        &long,
+    ] {
+        let (_, code, reason) = stage(&format!("printf '{lines}' >&2; exit 1")).session();
+        let is_it = reason.starts_with("nix-daemon exited with status 1: the reason");
+        assert!(code == 1011 && is_it, "{lines:.60}: {reason}");
+        assert!(!reason.contains(char::is_control), "{reason:?}");
     }
 }
 
@@ -259,34 +299,16 @@ fn a_daemon_that_dies_while_input_is_coming() {
 #[test]
 fn what_a_daemon_finds_around_it() {
     let issuer = Issuer::start();
-    let script =
-        "env; echo pwd=$(pwd) group=$(cut -d' ' -f5 /proc/$$/stat) id=$$; ls -l /proc/$$/fd";
-    let setup = Setup::new(&issuer)
+    let script = "echo pwd=$(pwd) group=$(cut -d' ' -f5 /proc/$$/stat) id=$$; ls -l /proc/$$/fd";
+    let (data, ..) = Setup::new(&issuer)
         .daemon(script)
-        .set("EXTRA_ARGS", "--stdio --one");
-    let setup = setup
-        .env("NOTIFY_SOCKET", "/run/x")
-        .env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "x");
-    let (data, ..) = setup
-        .env("KEPT", "as it is")
         .start()
         .connect(&issuer.token())
         .until_close();
     let text = String::from_utf8(data).unwrap();
-    for gone in [
-        "NIX_RELAY_",
-        "NOTIFY_SOCKET",
-        "ACTIONS_",
-        "socket:",
-        "pidfd",
-        "eventfd",
-    ] {
+    for gone in ["socket:", "pidfd", "eventfd"] {
         assert!(!text.contains(gone), "{gone} in {text}");
     }
-    assert!(
-        text.contains("KEPT=as it is\n") && text.contains("PATH="),
-        "{text}"
-    );
     let line = text.lines().find(|line| line.starts_with("pwd=")).unwrap();
     let (group, id) = line
         .strip_prefix("pwd=/ group=")
@@ -294,6 +316,92 @@ fn what_a_daemon_finds_around_it() {
         .split_once(" id=")
         .unwrap();
     assert_eq!(group, id, "a group of its own");
+}
+
+/// What it needs, and nothing else that the relay or its container was given.
+#[test]
+fn the_environment_of_a_daemon() {
+    let dir = Dir::new();
+    let certificate = dir.path("certificate").display().to_string();
+    let made = Command::new("openssl")
+        .args("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes".split(' '))
+        .args(["-config", "/dev/null", "-subj", "/CN=ca", "-keyout"])
+        .args(["/dev/null", "-out", &certificate])
+        .output();
+    assert!(made.unwrap().status.success());
+    let kept = [
+        ("HOME", "/home"),
+        ("USER", "a"),
+        ("LOGNAME", "b"),
+        ("SHELL", "/bin/c"),
+        ("LANG", "C"),
+        ("LC_ALL", "C"),
+        ("LC_TIME", "d"),
+        ("LOCALE_ARCHIVE", "/e"),
+        ("TZ", "UTC"),
+        ("TMPDIR", "/f"),
+        ("XDG_CACHE_HOME", "/g"),
+        ("GC_NPROCS", "1"),
+        ("NIX_CONFIG", "cores = 1"),
+        ("NIX_REMOTE", "h"),
+        ("SSL_CERT_FILE", &*certificate),
+        ("SSL_CERT_DIR", "/etc/ssl/certs"),
+        ("NIX_SSL_CERT_FILE", "/i"),
+        ("http_proxy", "http://127.0.0.1:1"),
+        ("https_proxy", "http://127.0.0.1:2"),
+        ("all_proxy", "http://127.0.0.1:3"),
+        ("no_proxy", "localhost"),
+        ("HTTP_PROXY", "http://127.0.0.1:4"),
+        ("HTTPS_PROXY", "http://127.0.0.1:5"),
+        ("ALL_PROXY", "http://127.0.0.1:6"),
+        ("NO_PROXY", "127.0.0.1"),
+    ];
+    let gone = [
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("GITLAB_OIDC_TOKEN", "secret"),
+        ("CIRCLE_OIDC_TOKEN_V2", "secret"),
+        ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "secret"),
+        ("NIX_RELAY_TOKEN", "secret"),
+        ("CREDENTIALS_DIRECTORY", "/run/secret"),
+        ("LISTEN_FDS", "1"),
+        ("LISTEN_PID", "1"),
+        ("NOTIFY_SOCKET", "/run/x"),
+        ("INVOCATION_ID", "x"),
+        ("JOURNAL_STREAM", "1:2"),
+        ("RUST_LOG", "info"),
+        ("LD_PRELOAD", ""),
+        ("ENV", "x"),
+        ("MINE", "x"),
+    ];
+    let issuer = Issuer::start();
+    let mut setup = Setup::new(&issuer).set("DAEMON_PATH", "env");
+    for (name, value) in kept.iter().chain(&gone) {
+        setup = setup.env(name, value);
+    }
+    let relay = setup.config("daemon.extra_args = []").start();
+    let (data, ..) = relay.connect(&issuer.token()).until_close();
+    let text = String::from_utf8(data).unwrap();
+    let mut found: Vec<_> = text
+        .lines()
+        .filter(|line| !line.starts_with("PATH="))
+        .collect();
+    assert_eq!(found.len() + 1, text.lines().count(), "no PATH: {text}");
+    let mut expected: Vec<_> = kept
+        .iter()
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect();
+    // What the tests themselves run under may have more of these.
+    let mine = |line: &&str| expected.iter().any(|kept| kept == line);
+    found.retain(|line| mine(line) || !may_stay(line));
+    expected.sort();
+    found.sort();
+    assert_eq!(found, expected);
+}
+
+/// Whether a variable is of a kind that is kept.
+fn may_stay(line: &str) -> bool {
+    let kinds = ["LC_", "XDG_", "GC_", "NIX_"];
+    kinds.iter().any(|kind| line.starts_with(kind)) && !line.starts_with("NIX_RELAY_")
 }
 
 #[test]

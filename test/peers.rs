@@ -74,6 +74,8 @@ impl Stage {
             assert!(start.elapsed() < LIMIT, "session {number} goes on");
         };
         assert!(line.contains(" reason=client-gone "), "{line}");
+        let why = "no response for three keepalive intervals";
+        assert!(!line.contains("keepalive") || line.contains(why), "{line}");
         other.close();
     }
 
