@@ -83,7 +83,7 @@ fn requests() {
     ] {
         let answer = exchange(
             relay.admin(),
-            format!("{request} HTTP/1.1\r\nHost: relay\r\n\r\n").as_bytes(),
+            format!("{request} HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n").as_bytes(),
         );
         assert!(
             answer.starts_with(&format!("HTTP/1.1 {status} ")) && answer.contains(part),
@@ -92,7 +92,7 @@ fn requests() {
     }
     let head = exchange(
         relay.admin(),
-        b"HEAD /metrics HTTP/1.1\r\nHost: relay\r\n\r\n",
+        b"HEAD /metrics HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n",
     );
     assert!(
         head.starts_with("HTTP/1.1 200 ") && head.ends_with("\r\n\r\n"),
@@ -156,8 +156,8 @@ fn counters_agree_with_what_was_done() {
         ("refusals_total{status=\"404\"}", 1.0),
         ("session_seconds_bucket{le=\"+Inf\"}", 2.0),
         ("session_seconds_count", 2.0),
-        ("sessions_total{result=\"client-closed\"}", 1.0),
-        ("sessions_total{result=\"daemon-exited\"}", 1.0),
+        ("sessions_total{reason=\"client-closed\"}", 1.0),
+        ("sessions_total{reason=\"daemon-exited\"}", 1.0),
     ] {
         assert_eq!(metrics.get(name), Some(&value), "{name} in {metrics:#?}");
     }
@@ -239,6 +239,30 @@ fn silent_clients_change_nothing_for_sessions() {
     drop(silent);
     relay.back_to(before);
     relay.stop();
+}
+
+/// It has nothing to do with how many wait at the other.
+#[test]
+fn a_flood_of_the_relays_own_listener() {
+    let issuer = Issuer::start();
+    let setup = setup(&issuer).set("QUEUE_TIMEOUT_SECS", "600");
+    let relay = setup.set("HANDSHAKE_TIMEOUT_SECS", "600").start();
+    let request = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
+    let waiting = (0..288).map(|_| {
+        let mut stream = relay.tcp();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream
+    });
+    let _waiting: Vec<TcpStream> = waiting.collect();
+    eventually("all sessions are there", LIMIT, || {
+        relay.children().len() == 32
+    });
+    for _ in 0..10 {
+        assert!(get(relay.admin(), "/healthz").ends_with("\r\n\r\nok\n"));
+        assert_eq!(metrics(&relay)["sessions_active"], 32.0);
+    }
+    let _silent: Vec<TcpStream> = (0..600).map(|_| relay.tcp()).collect();
+    assert!(get(relay.admin(), "/healthz").ends_with("\r\n\r\nok\n"));
 }
 
 #[test]
