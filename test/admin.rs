@@ -265,6 +265,26 @@ fn a_flood_of_the_relays_own_listener() {
     assert!(get(relay.admin(), "/healthz").ends_with("\r\n\r\nok\n"));
 }
 
+/// A connection takes several, so that they can run out at any step of it.
+#[test]
+fn a_moment_without_descriptors() {
+    let issuer = Issuer::start();
+    for limit in 64..67 {
+        let limits = format!("ulimit -n {limit}");
+        let relay = setup(&issuer).under(&limits).start();
+        let (before, admin) = (relay.at_rest(), relay.admin());
+        let silent: Vec<TcpStream> = (0..100).map(|_| tcp(admin)).collect();
+        eventually("they run out", LIMIT, || relay.resources().1 > limit - 5);
+        drop(silent);
+        for _ in 0..10 {
+            let answer = get(admin, "/healthz");
+            assert!(answer.ends_with("\r\n\r\nok\n"), "{answer}");
+        }
+        relay.back_to(before);
+        relay.connect(&issuer.token()).close();
+    }
+}
+
 #[test]
 fn draining() {
     let issuer = Issuer::start();

@@ -1,10 +1,11 @@
 //! Daemons that end, fail, or will not end: what the client hears of it, and that nothing is left.
 
 use crate::support::*;
+use rustix::net::sockopt;
 use std::io::{ErrorKind, Write};
 use std::process::Command;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// A relay for one session at a time, whose daemon is this script.
 struct Stage {
@@ -58,6 +59,39 @@ fn all_output_comes_before_the_close() {
     stage.nothing_is_left();
 }
 
+/// However slowly it is taken, while it is taken: most of it is still on its way when the daemon is long gone. A client
+/// that reads also answers pings and sends some, which the end of the connection must not come before.
+#[test]
+fn all_output_comes_however_slowly_it_is_read() {
+    const ALL: usize = 2_600_000;
+    let issuer = Issuer::start();
+    let setup = Setup::new(&issuer).daemon(&format!("exec head -c {ALL} /dev/zero"));
+    let relay = setup.start();
+    let before = relay.at_rest();
+    let stream = relay.tcp();
+    sockopt::set_socket_recv_buffer_size(&stream, 16 << 10).unwrap();
+    let (mut client, mut length) = (open(stream, &issuer.token()).unwrap(), 0);
+    let (code, reason) = loop {
+        match client.0.read() {
+            Ok(Message::Binary(bytes)) => {
+                length += bytes.len();
+                // 200 KiB/s.
+                thread::sleep(Duration::from_secs(1) * bytes.len() as u32 / (200 << 10));
+                let _ = client.0.get_mut().write_all(&frame(0x89, b"ping"));
+            }
+            Ok(Message::Close(close)) => {
+                let close = close.unwrap();
+                break (u16::from(close.code), close.reason.to_string());
+            }
+            Ok(_) => {}
+            Err(e) => panic!("{e} after {length} bytes"),
+        }
+    };
+    assert_eq!((length, code, reason.as_str()), (ALL, 1000, ""));
+    client.close();
+    relay.back_to(before);
+}
+
 #[test]
 fn a_failure_has_status_and_last_line() {
     let stage = stage("echo output; echo first >&2; printf 'last line' >&2; exit 7");
@@ -86,7 +120,7 @@ fn a_long_reason_is_cut_between_characters() {
 #[test]
 fn a_reason_in_colours() {
     let line =
-        "\\033[31;1merror:\\033[0m \\033]8;;http://a\\033\\\\it\\033]8;;\\007 is red\\007";
+        "\\033[31;1merror:\\033[0m \\033]8;;http://a\\033\\\\it\\033]8;;\\007 is \\033(Bred\\007";
     let stage = stage(&format!("printf '{line}\\n' >&2; exit 1"));
     let (_, code, reason) = stage.session();
     let expected = "nix-daemon exited with status 1: error: it is red";
