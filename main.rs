@@ -522,7 +522,7 @@ mod connection {
                 .lobby
                 .wait_again(self.number, &self.socket, self.in_lobby);
             if sent.is_ok() && self.in_lobby {
-                poll::linger(&self.socket, LINGER);
+                poll::linger(&self.socket, LINGER, Instant::now() + LINGER);
             }
         }
     }
@@ -1451,7 +1451,8 @@ mod oidc {
                 cache.wanted_by_token = false;
                 cache.ended += 1;
                 cache.worked = fetched.is_ok();
-                if for_token || fetched.is_err() {
+                // The first keys tell a token what there is; the next unknown one may still ask.
+                if for_token && cache.keys.is_some() || fetched.is_err() {
                     cache.last_attempt = Some(Instant::now());
                 }
                 pause = if fetched.is_ok() {
@@ -1691,7 +1692,7 @@ mod policy {
 /// child is reaped and its process group gone.
 mod session {
     use crate::config::Config;
-    use crate::copy::{End, Keepalive, Link, Pipes, Wire};
+    use crate::copy::{End, KEEPALIVES, Keepalive, Link, Patience, Pipes, Wire};
     use crate::http::Answer;
     use crate::metrics::{self, Reason};
     use crate::poll::{self, Event};
@@ -1719,8 +1720,6 @@ mod session {
     const LARGEST_PIPE_LOG2: u32 = 20;
     /// Of the child's standard error, in a line of the log. A longer one becomes several.
     const MAX_LINE_BYTES: usize = 4 << 10;
-    /// The client has so long to take a Close, and again to end the connection after it.
-    const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
     /// What of our environment nix-daemon needs, and gets: names, and what others begin with.
     const KEPT_VARIABLES: [&str; 15] = [
         "PATH",
@@ -1783,13 +1782,14 @@ mod session {
     ) -> io::Result<()> {
         let start = Instant::now();
         let number = opening.number;
+        let deadline = start + secs(config.daemon.timeout_secs);
         let keepalive = Keepalive::new(socket, config.server.keepalive_secs)?;
         let link = Link::new(Wire::new(socket.clone(), None)?, Role::Server)?;
         let supervisor = Supervisor {
             number,
             link: &link,
             keepalive,
-            deadline: start + secs(config.daemon.timeout_secs),
+            deadline,
             closing,
         };
 
@@ -1805,7 +1805,11 @@ mod session {
         })?;
 
         let ending = Ending::of(link.end());
-        let (fate, detail) = end_both_sides(&link, &ending, daemon, number);
+        let patience = Patience {
+            silence: secs(config.server.keepalive_secs) * KEEPALIVES,
+            deadline,
+        };
+        let (fate, detail) = end_both_sides(&link, &ending, daemon, number, &patience);
         metrics::SESSIONS_ACTIVE.sub(1);
         metrics::add_session(ending.reason, start.elapsed());
         info!(
@@ -1824,7 +1828,13 @@ mod session {
     /// Closes the child's input and output, says why to the client if it can hear it, and sees
     /// to it that the child ends. Returns how that ended, and the detail for the log. A child
     /// that ended by itself comes first: how it did is what the client is told.
-    fn end_both_sides(link: &Link, ending: &Ending, daemon: Daemon, number: u64) -> (Fate, String) {
+    fn end_both_sides(
+        link: &Link,
+        ending: &Ending,
+        daemon: Daemon,
+        number: u64,
+        patience: &Patience,
+    ) -> (Fate, String) {
         let Daemon {
             stdin,
             stdout,
@@ -1835,7 +1845,7 @@ mod session {
 
         if ending.reason != Reason::DaemonExited {
             if ending.reason != Reason::ClientGone {
-                link.close(ending.code, &ending.detail, CLOSE_TIMEOUT);
+                link.close(ending.code, &ending.detail, &Patience::short());
             }
             return (process.terminate(&exited, number), ending.detail.clone());
         }
@@ -1848,7 +1858,8 @@ mod session {
             let reason = reason.unwrap_or("it gave no reason");
             (CloseCode::Error, format!("{}: {reason}", fate.description))
         };
-        link.close(Some(code), &detail, CLOSE_TIMEOUT);
+        // Much of the output may be on its way still, and a reset would overtake it.
+        link.close(Some(code), &detail, patience);
         (fate, detail)
     }
 
@@ -2142,7 +2153,7 @@ mod session {
 /// session or how it ended. Promises that a secret goes into the request to whom it is for and
 /// nowhere else: no argument list, no environment of a child, no message.
 mod client {
-    use crate::copy::{End, Keepalive, Link, Pipes, Wire};
+    use crate::copy::{End, Keepalive, Link, Patience, Pipes, Wire};
     use crate::util::{is_loopback, proxy_from_env, secs, trusted_roots, web_agent};
     use crate::{poll, util};
     use jwt_simple::{prelude::Base64, reexports::ct_codecs::Encoder};
@@ -2179,8 +2190,6 @@ mod client {
     /// Between attempts; doubled each time, up to the longest.
     const FIRST_PAUSE: Duration = Duration::from_millis(500);
     const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-    /// For a Close to go out, and for the relay's end.
-    const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
     /// Of an answer's head, and of its body.
     const MAX_HEADERS: usize = 128;
     const MAX_ANSWER_BYTES: usize = 64 << 10;
@@ -2323,7 +2332,7 @@ mod client {
             }
         })?;
         if !matches!(link.end(), Some(End::Gone(_))) {
-            link.close(Some(CloseCode::Normal), "", CLOSE_TIMEOUT);
+            link.close(Some(CloseCode::Normal), "", &Patience::short());
         }
         Ok(describe(link.end()))
     }
@@ -2966,7 +2975,9 @@ mod copy {
     /// Close.
     const MAX_REASON_BYTES: usize = 123;
     /// So many keepalive intervals without a sign of life, and the peer counts as gone.
-    const KEEPALIVES: u32 = 3;
+    pub const KEEPALIVES: u32 = 3;
+    /// The peer has so long to take a Close.
+    const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
     const BROKEN: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
     /// Why a session ended.
@@ -2988,6 +2999,23 @@ mod copy {
         ShuttingDown,
         /// One of the threads panicked.
         Failed,
+    }
+
+    /// How long to wait for a peer to end its side of a connection.
+    pub struct Patience {
+        /// Without anything from it.
+        pub silence: Duration,
+        pub deadline: Instant,
+    }
+
+    impl Patience {
+        /// For a peer that has nothing to take but a Close.
+        pub fn short() -> Patience {
+            Patience {
+                silence: CLOSE_TIMEOUT,
+                deadline: Instant::now() + CLOSE_TIMEOUT,
+            }
+        }
     }
 
     /// The connection that both halves of a WebSocket share. It does not block.
@@ -3404,10 +3432,10 @@ mod copy {
             }
         }
 
-        /// Finishes what is half sent, sends a Close, ends our side of the connection, and waits
-        /// for the peer to end its own: `limit` for the first, and again for the last.
-        pub fn close(&self, code: Option<CloseCode>, reason: &str, limit: Duration) {
-            let until = Instant::now() + limit;
+        /// Finishes what is half sent, sends a Close, for which the peer has `CLOSE_TIMEOUT`, and
+        /// ends our side of the connection. Then waits for the peer to end its own.
+        pub fn close(&self, code: Option<CloseCode>, reason: &str, patience: &Patience) {
+            let until = Instant::now() + CLOSE_TIMEOUT;
             let reason = &reason[..reason.floor_char_boundary(MAX_REASON_BYTES)];
             let frame = code.map(|code| CloseFrame {
                 code,
@@ -3428,7 +3456,11 @@ mod copy {
                 }
             }
 
-            poll::linger(&self.wire.socket, limit);
+            poll::linger(
+                &self.wire.socket,
+                patience.silence,
+                patience.deadline.max(until),
+            );
         }
     }
 
@@ -3893,9 +3925,10 @@ mod metrics {
     use log::warn;
     use std::fmt::{Display, Write};
     use std::net::TcpListener;
-    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-    use std::thread;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
     use std::time::Duration;
+    use std::{panic, thread};
     use tiny_http::{Header, Method, Request, Response, Server};
 
     /// A number that several threads change. A gauge may go down, a counter does not.
@@ -4114,11 +4147,21 @@ mod metrics {
     /// after twice as long.
     const KEEPALIVE: Duration = Duration::from_secs(30);
     const SEND_TIMEOUT: Duration = Duration::from_secs(1);
+    /// Between two looks at whether a thread of tiny_http has panicked.
+    const LIVENESS_CHECK: Duration = Duration::from_secs(1);
 
     /// Serves `/metrics` and `/healthz`, for ever. tiny_http's own thread ends with the first
-    /// accept(2) that fails; the server is then made anew.
+    /// accept(2) that fails, and panics where there are no descriptors or threads, which nobody
+    /// is told; the server is then made anew.
     pub fn serve(listener: &TcpListener, is_draining: impl Fn() -> bool) {
         limit_silence(listener);
+        let panicked = Arc::new(AtomicBool::new(false));
+        let (note, report) = (panicked.clone(), panic::take_hook());
+        panic::set_hook(Box::new(move |panic| {
+            note.store(true, Relaxed);
+            report(panic);
+        }));
+
         loop {
             let server = listener
                 .try_clone()
@@ -4126,8 +4169,12 @@ mod metrics {
                 .and_then(|listener| Server::from_listener(listener, None));
             match server {
                 Ok(server) => {
-                    while let Ok(request) = server.recv() {
-                        answer(request, is_draining());
+                    while !panicked.swap(false, Relaxed) {
+                        match server.recv_timeout(LIVENESS_CHECK) {
+                            Ok(Some(request)) => answer(request, is_draining()),
+                            Ok(None) => {}
+                            Err(_) => break,
+                        }
                     }
                 }
                 Err(e) => warn!("cannot serve metrics error={e:?}"),
@@ -4250,14 +4297,17 @@ mod poll {
         })
     }
 
-    /// Ends our side of a connection, and waits at most `limit` for the peer to end its own.
-    /// What it still sends is read: left unread, it would make the kernel send a reset, which
-    /// can overtake our last words.
-    pub fn linger(mut socket: &TcpStream, limit: Duration) {
-        let until = Instant::now() + limit;
+    /// Ends our side of a connection, and waits for the peer to end its own, as long as something
+    /// comes from it every `silence`, and until `deadline`. What it sends is read: left unread, it
+    /// would make the kernel send a reset, which can overtake our last words.
+    pub fn linger(mut socket: &TcpStream, silence: Duration, deadline: Instant) {
         let mut open = socket.shutdown(Shutdown::Write).is_ok();
+        let mut until = deadline.min(Instant::now() + silence);
         while open && Instant::now() < until {
-            open = !readable(&socket, until) || socket.read(&mut [0; 4096]).is_ok_and(|n| n > 0);
+            if readable(&socket, until) {
+                open = socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0);
+                until = deadline.min(Instant::now() + silence);
+            }
         }
     }
 }
@@ -4447,9 +4497,9 @@ mod util {
                     chars.find(|char| ['\u{7}', '\u{1b}'].contains(char));
                     chars.next_if_eq(&'\\');
                 }
-                // and all others are two characters.
+                // and all others with the first character that is no intermediate.
                 ('\u{1b}', _) => {
-                    chars.next();
+                    chars.find(|char| !(' '..='/').contains(char));
                 }
                 _ if char.is_control() && char != '\t' => {}
                 _ => plain.push(char),
