@@ -5,6 +5,13 @@
 set -euo pipefail
 # Patterns match bytes: a token is ASCII, and so is what may be shown of an answer.
 LC_ALL=C
+# bash 3.2 takes these from variables alone.
+is_url='^(wss?://)([^/?#@]*@)?([^/?#@]+)([^#]*)'
+has_user='^([^/]*//)?[^/?#]*@(.*)$'
+is_here='^(([^:]+\.)?localhost|127\.[0-9.]+|\[::1])(:[0-9]*)?$'
+has_value='"value"[[:space:]]*:[[:space:]]*"([^"\]+)"'
+has_title='<[Tt][Ii][Tt][Ll][Ee][^>]*>([^<]+)'
+is_old='^websocat (0|1\.[0-9]|1\.1[0-3])\.'
 
 say() {
   printf 'nix-relay-client: %s\n' "$1" >&2
@@ -27,16 +34,16 @@ for program in curl websocat cat sh; do
 done
 
 given=${NIX_RELAY_URL:-}
-if ! [[ $given =~ ^(wss?://)([^/?#@]*@)?([^/?#@]+)([^#]*) ]]; then
+if ! [[ $given =~ $is_url ]]; then
   # A user name is not shown.
-  [[ $given =~ ^([^/]*//)?[^/?#]*@(.*)$ ]] && given=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
+  [[ $given =~ $has_user ]] && given=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
   [[ $given ]] && given="it is '$given'" || given='it is not set'
   fail "set NIX_RELAY_URL to where the relay is, as wss://HOST or ws://HOST:PORT ($given)"
 fi
 scheme=${BASH_REMATCH[1]} host=${BASH_REMATCH[3]} path=${BASH_REMATCH[4]}
 [[ $path && $path != / ]] || path=/relay
 url=$scheme$host$path
-[[ $scheme == wss:// || $host =~ ^(([^:]+\.)?localhost|127\.[0-9.]+|\[::1])(:[0-9]*)?$ ]] ||
+[[ $scheme == wss:// || $host =~ $is_here ]] ||
   say "warning: the token goes unencrypted to $host; use wss:// instead"
 
 keepalive=${NIX_RELAY_KEEPALIVE_SECS:-30}
@@ -60,7 +67,7 @@ encoded() {
 
 # The token that GitHub and Forgejo give to a job with the permission id-token: write.
 actions_token() {
-  local answer status request=$ACTIONS_ID_TOKEN_REQUEST_URL value='"value"[[:space:]]*:[[:space:]]*"([^"\]+)"'
+  local answer status request=$ACTIONS_ID_TOKEN_REQUEST_URL
   [[ $request == *\?* ]] && request+='&' || request+='?'
   request+=audience=$(encoded "${NIX_RELAY_AUDIENCE:-api://nix-relay}")
   # What curl says of a first try may stand before the answer to the next.
@@ -74,7 +81,7 @@ actions_token() {
     fail "no token from $source: ${answer%%$'\n'*}"
   fi
   [[ $status == 200 ]] || fail "no token from $source: it answered with status $status"
-  [[ $answer =~ $value ]] || fail "no token from $source: its answer has no .value"
+  [[ $answer =~ $has_value ]] || fail "no token from $source: its answer has no .value"
   token=${BASH_REMATCH[1]}
 }
 
@@ -129,7 +136,7 @@ refused() {
   local status=$1 reason=$2 type=$3 body=$4
   body=${body#"${body%%[![:space:]]*}"}
   if [[ $type == *text/html* || $body == '<'* ]]; then
-    [[ $body =~ \<[Tt][Ii][Tt][Ll][Ee][^\>]*\>([^\<]+) ]] && reason=$(shown "${BASH_REMATCH[1]}")
+    [[ $body =~ $has_title ]] && reason=$(shown "${BASH_REMATCH[1]}")
     reason=${reason#"$status"}
     reason=${reason# }
     printf '%s' "a proxy or web server answered in the relay's place: $status${reason:+: $reason}"
@@ -183,7 +190,7 @@ diagnosis() {
 no_session() {
   local version
   version=$(websocat --version 2>&1) || true
-  if [[ $version =~ ^websocat\ (0|1\.[0-9]|1\.1[0-3])\. ]]; then
+  if [[ $version =~ $is_old ]]; then
     say "$version is too old: install 1.14 or newer (cargo install websocat)"
   else
     say "$(ask | diagnosis "$1")"
@@ -232,17 +239,19 @@ broken() {
 # Reads what websocat logs, says in one line what went wrong, and ends it when nobody is at the other end. It holds
 # stdout open until then, so that Nix, which gives up at the end of that, waits for the line.
 supervise() {
-  local websocat line='' error='' second failed='' silent=0 orphaned=0 input='' output='' switches=''
+  local websocat line second connected='' error='' failed='' silent=0 orphaned=0 input='' output='' switches=''
   IFS= read -r websocat
   # A full relay lets its clients wait for 30 s, and answers then.
   for ((second = 0; second < 40; second++)); do
     ! killed || break
-    while IFS= read -r -t 1 line && [[ $line != *'Connected to ws'* ]]; do
-      [[ $error || $line != 'websocat: '* && $line != thread*panicked* ]] || error=$line
+    while IFS= read -r -t 1 line; do
+      case $line in
+        *'Connected to ws'*) connected=yes && break 2 ;;
+        'websocat: '* | thread*panicked*) error=${error:-$line} ;;
+      esac
     done
-    [[ ! $line ]] || break
   done
-  if [[ ! $line ]]; then
+  if [[ ! $connected ]]; then
     kill -INT "$websocat" 2>/dev/null || true
     error=${error:-no answer within 40 s; is it a relay that listens there?}
     error=${error#websocat: }
