@@ -48,6 +48,13 @@ fn links_lead_somewhere() {
     assert!(links > 20, "{links} links");
 }
 
+/// The tag of a release must agree with Cargo.toml.
+#[test]
+fn the_first_release_has_this_version() {
+    let readme = fs::read_to_string(project("README.md")).unwrap();
+    assert!(readme.contains(concat!("git tag v", env!("CARGO_PKG_VERSION"), " ")));
+}
+
 /// A stranger reads all of it.
 #[test]
 fn the_readme_is_short() {
