@@ -522,7 +522,7 @@ mod connection {
                 .lobby
                 .wait_again(self.number, &self.socket, self.in_lobby);
             if sent.is_ok() && self.in_lobby {
-                poll::linger(&self.socket, LINGER, Instant::now() + LINGER);
+                poll::linger(&self.socket, LINGER);
             }
         }
     }
@@ -3001,7 +3001,7 @@ mod copy {
         Failed,
     }
 
-    /// How long to wait for a peer to end its side of a connection.
+    /// How long to wait for a peer to take what is on its way.
     pub struct Patience {
         /// Without anything from it.
         pub silence: Duration,
@@ -3433,7 +3433,8 @@ mod copy {
         }
 
         /// Finishes what is half sent, sends a Close, for which the peer has `CLOSE_TIMEOUT`, and
-        /// ends our side of the connection. Then waits for the peer to end its own.
+        /// ends our side of the connection when the peer has taken all. Then waits for it to end
+        /// its own, for as long again.
         pub fn close(&self, code: Option<CloseCode>, reason: &str, patience: &Patience) {
             let until = Instant::now() + CLOSE_TIMEOUT;
             let reason = &reason[..reason.floor_char_boundary(MAX_REASON_BYTES)];
@@ -3456,11 +3457,31 @@ mod copy {
                 }
             }
 
-            poll::linger(
-                &self.wire.socket,
-                patience.silence,
-                patience.deadline.max(until),
-            );
+            self.drain(patience);
+            poll::linger(&self.wire.socket, CLOSE_TIMEOUT);
+        }
+
+        /// Waits until the peer has taken what the kernel holds for it. A socket whose buffer is
+        /// as small as can be takes more only then (socket(7)). What the peer sends is read.
+        fn drain(&self, patience: &Patience) {
+            let mut socket = &*self.wire.socket;
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, 1);
+            let until = || patience.deadline.min(Instant::now() + patience.silence);
+
+            let mut limit = until();
+            while Instant::now() < limit {
+                let events = PollFd::new(&socket, PollFlags::IN | PollFlags::OUT);
+                let [ready] = poll::ready([Some(events)], Some(limit));
+                if ready.intersects(BROKEN | PollFlags::OUT) {
+                    return;
+                }
+                if ready.contains(PollFlags::IN) {
+                    if !socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0) {
+                        return;
+                    }
+                    limit = until();
+                }
+            }
         }
     }
 
@@ -4297,16 +4318,15 @@ mod poll {
         })
     }
 
-    /// Ends our side of a connection, and waits for the peer to end its own, as long as something
-    /// comes from it every `silence`, and until `deadline`. What it sends is read: left unread, it
-    /// would make the kernel send a reset, which can overtake our last words.
-    pub fn linger(mut socket: &TcpStream, silence: Duration, deadline: Instant) {
+    /// Ends our side of a connection, and waits at most `limit` for the peer to end its own. What
+    /// it still sends is read: left unread, it would make the kernel send a reset, which can
+    /// overtake our last words.
+    pub fn linger(mut socket: &TcpStream, limit: Duration) {
+        let until = Instant::now() + limit;
         let mut open = socket.shutdown(Shutdown::Write).is_ok();
-        let mut until = deadline.min(Instant::now() + silence);
         while open && Instant::now() < until {
             if readable(&socket, until) {
                 open = socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0);
-                until = deadline.min(Instant::now() + silence);
             }
         }
     }
