@@ -15,7 +15,7 @@ mod target {
     /// All that the relay takes from a head.
     fn seen(head: &Head) -> String {
         let (switching, token) = (
-            head.switching_protocols().map_err(status),
+            head.upgrade_response().map_err(status),
             head.token().map_err(status),
         );
         format!("{:?} {switching:?} {token:?}", head.request)
@@ -46,7 +46,7 @@ mod target {
                 }
                 let alone = Head::parse(&bytes[..length]).ok().flatten();
                 assert_eq!(alone.map(|alone| seen(&alone)), Some(seen(&head)));
-                if let Ok(switching) = head.switching_protocols() {
+                if let Ok(switching) = head.upgrade_response() {
                     let text = std::str::from_utf8(&switching).unwrap();
                     assert!(
                         text.starts_with("HTTP/1.1 101 ")

@@ -11,17 +11,18 @@ include!(concat!(env!("OUT_DIR"), "/main.rs"));
 
 mod target {
     use super::config::{self, Config};
-    use super::session::{Daemon, Session};
+    use super::poll::Event;
+    use super::session::{self, Daemon, Opening};
     use libfuzzer_sys::fuzz_target;
-    use std::io::{PipeReader, PipeWriter, Read, Write};
+    use std::io::{Read, Write};
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::sync::{Arc, LazyLock};
-    use std::{fs, os::fd::AsFd, thread, time::Duration};
+    use std::{fs, thread, time::Duration};
 
     struct Stage {
         config: Config,
         listener: TcpListener,
-        closing: (PipeReader, PipeWriter),
+        closing: Event,
     }
 
     static STAGE: LazyLock<Stage> = LazyLock::new(|| {
@@ -36,7 +37,7 @@ mod target {
         Stage {
             config,
             listener: TcpListener::bind("127.0.0.1:0").unwrap(),
-            closing: std::io::pipe().unwrap(),
+            closing: Event::new().unwrap(),
         }
     });
 
@@ -159,12 +160,19 @@ mod target {
         let (understood, data) = understood(bytes);
         let with_head = usize::from(with_head).min(understood);
         let rest = bytes[..with_head].to_vec();
-        let daemon = Daemon::spawn(config, &[]).unwrap();
-        let session = Session::new(1, config, served, (Vec::new(), rest), daemon).unwrap();
+        let daemon = Daemon::spawn(config, &[]).unwrap_or_else(|e| panic!("{}", e.cause));
+        let (client_is, upgrade) = (String::new(), Vec::new());
+        let opening = Opening {
+            number: 1,
+            client: client_is,
+            upgrade,
+            rest,
+        };
         thread::scope(|scope| {
             scope.spawn(|| client(socket, &bytes[with_head..], understood - with_head, &data));
-            session.run(closing.0.as_fd());
+            session::run(config, opening, &served, daemon, closing).unwrap();
         });
+        drop(served);
         assert_eq!(held(), before);
     });
 }
