@@ -825,7 +825,7 @@ mod http {
 
         /// None: it is not whole yet. tungstenite's own parser knows GET alone; others must hear
         /// 405, and HEAD its answer.
-        pub fn parse(bytes: &[u8]) -> Result<Option<Head>, Answer> {
+        fn parse(bytes: &[u8]) -> Result<Option<Head>, Answer> {
             let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
             let mut parsed = httparse::Request::new(&mut headers);
             let length = match parsed.parse(bytes) {
@@ -2179,11 +2179,13 @@ mod client {
 
     const AGENT: &str = concat!("nix-relay/", env!("CARGO_PKG_VERSION"));
 
-    /// For TCP, for TLS and for the answer, each.
+    /// For TCP and for TLS, each.
     const STEP_TIMEOUT: Duration = Duration::from_secs(10);
     const TCP_LATE: &str = "no connection within 10 s; is a firewall in the way?";
     const TLS_LATE: &str = "no TLS handshake within 10 s; does that port speak TLS?";
-    const ANSWER_LATE: &str = "no answer within 10 s; is it a relay that listens there?";
+    /// For the answer: a full relay has its clients wait for `queue_timeout_secs`, 30 by default.
+    const ANSWER_TIMEOUT: Duration = Duration::from_secs(40);
+    const ANSWER_LATE: &str = "no answer within 40 s; is it a relay that listens there?";
     /// For the token endpoint, from its name to the end of its answer.
     const TOKEN_TIMEOUT: Duration = Duration::from_secs(30);
     const TOKEN_LATE: &str = "no answer within 30 s";
@@ -2619,7 +2621,8 @@ mod client {
         fn open(&self, token: &str) -> Result<Result<Session, Failure>, Failure> {
             let socket = self.dial()?;
             let Some(config) = &self.tls else {
-                let upgraded = self.upgrade(&mut Timed::new(&socket, ANSWER_LATE), token)?;
+                let upgraded =
+                    self.upgrade(&mut Timed::new(&socket, ANSWER_TIMEOUT, ANSWER_LATE), token)?;
                 return Ok(upgraded.map(|rest| Session {
                     socket,
                     tls: None,
@@ -2630,8 +2633,8 @@ mod client {
             let name = ServerName::try_from(self.host.clone()).map_err(io::Error::other)?;
             let tls = ClientConnection::new(config.clone(), name);
             let mut tls = tls.map_err(io::Error::other)?;
-            tls.complete_io(&mut Timed::new(&socket, TLS_LATE))?;
-            let mut timed = Timed::new(&socket, ANSWER_LATE);
+            tls.complete_io(&mut Timed::new(&socket, STEP_TIMEOUT, TLS_LATE))?;
+            let mut timed = Timed::new(&socket, ANSWER_TIMEOUT, ANSWER_LATE);
             let upgraded = self.upgrade(&mut rustls::Stream::new(&mut tls, &mut timed), token)?;
             Ok(upgraded.map(|mut rest| {
                 // All that is decrypted already; the error says that there is no more.
@@ -2659,7 +2662,7 @@ mod client {
             }
             let failed = |failure: Failure| failure.during("the proxy of HTTPS_PROXY");
             let socket = dial(proxy.host(), proxy.port()).map_err(|e| failed(e.into()))?;
-            let mut timed = Timed::new(&socket, ANSWER_LATE);
+            let mut timed = Timed::new(&socket, ANSWER_TIMEOUT, ANSWER_LATE);
             let answer = exchange(&mut timed, &(request + "\r\n")).map_err(failed)?;
             if answer.status.is_success() {
                 return Ok(socket);
@@ -2742,7 +2745,7 @@ mod client {
         Ok(Arc::new(config.with_no_client_auth()))
     }
 
-    /// A socket for one step, which may take STEP_TIMEOUT in all.
+    /// A socket for one step, which has a limit in all.
     struct Timed<'a> {
         socket: &'a TcpStream,
         deadline: Instant,
@@ -2750,8 +2753,8 @@ mod client {
     }
 
     impl Timed<'_> {
-        fn new<'a>(socket: &'a TcpStream, late: &'static str) -> Timed<'a> {
-            let deadline = Instant::now() + STEP_TIMEOUT;
+        fn new<'a>(socket: &'a TcpStream, limit: Duration, late: &'static str) -> Timed<'a> {
+            let deadline = Instant::now() + limit;
             Timed {
                 socket,
                 deadline,

@@ -424,11 +424,11 @@ fn each_wait_has_a_limit() {
         ),
         (
             format!("ws://{silent}"),
-            "no answer within 10 s; is it a relay that listens there?",
+            "no answer within 40 s; is it a relay that listens there?",
         ),
         (
             format!("wss://{tls_address}"),
-            "no answer within 10 s; is it a relay that listens there?",
+            "no answer within 40 s; is it a relay that listens there?",
         ),
     ];
     thread::scope(|scope| {
@@ -445,7 +445,7 @@ fn each_wait_has_a_limit() {
                     failure(&mut command),
                     format!("cannot reach {url}/relay: {expected}")
                 );
-                assert!(start.elapsed() > Duration::from_secs(9) && start.elapsed() < LIMIT / 2);
+                assert!(start.elapsed() > Duration::from_secs(9) && start.elapsed() < LIMIT);
             });
         }
     });

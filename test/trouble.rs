@@ -237,14 +237,7 @@ fn each_row_is_true() {
     let (mut native, script) = (said.remove(0), said.remove(0));
     let trusted = output(client(&tls.url, &home, &good).env("SSL_CERT_FILE", tls.certificate()));
     assert!(!trusted.contains("certificate"), "{trusted}");
-    let waiting = Setup::new(&issuer).set("MAX_CONNECTIONS", "1").start();
-    let _only = waiting.connect(&good);
     native.extend([
-        output(&mut client(
-            &format!("ws://{}", waiting.address),
-            &home,
-            &good,
-        )),
         broken_off(&issuer, &home),
         output(job(env!("CARGO_BIN_EXE_nix-relay"), &home).args(["--serve", "--write"])),
         start("NIX_RELAY_ALLOWED_ORG", ""),
