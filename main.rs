@@ -2981,6 +2981,9 @@ mod copy {
     pub const KEEPALIVES: u32 = 3;
     /// The peer has so long to take a Close.
     const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+    /// poll(2) speaks of room in a socket when a third of its buffer is free. A slow peer makes less
+    /// than that in a long time, so we look.
+    const LITTLE_ROOM_CHECK: Duration = Duration::from_secs(1);
     const BROKEN: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
     /// Why a session ended.
@@ -3395,7 +3398,8 @@ mod copy {
                     Sent::All => break,
                     Sent::Partly if self.end.get().is_none() => {
                         let socket = PollFd::new(&self.wire.socket, PollFlags::OUT);
-                        poll::ready([Some(socket), Some(self.over())], None);
+                        let until = Some(Instant::now() + LITTLE_ROOM_CHECK);
+                        poll::ready([Some(socket), Some(self.over())], until);
                     }
                     _ => return false,
                 }
@@ -3559,8 +3563,7 @@ mod copy {
             if now >= self.next_ping {
                 self.next_ping = now + interval;
                 if link.unsent.load(Relaxed) {
-                    // poll(2) may not speak of a little room, which a slow peer makes. A ping
-                    // would only queue.
+                    // A ping would only queue.
                     link.attempt(WebSocket::flush);
                 } else {
                     link.send_control(Message::Ping(Bytes::new()));
