@@ -66,7 +66,7 @@ fn visit(relay: &Relay, issuer: &Issuer, dice: u64) {
         }
         30..35 => {
             let mut client = session("echo");
-            echo(&mut client, 8 << 20);
+            echo(&mut client, 4 << 20);
             client.close();
         }
         35..40 => assert_eq!(
@@ -105,8 +105,8 @@ fn visit(relay: &Relay, issuer: &Issuer, dice: u64) {
             "403",
         ),
         82..85 => refused(&authorization(&issuer.token_with(json!({"exp": 1}))), "401"),
-        85..88 => refused("GET /nothing HTTP/1.1\r\n\r\n", "404"),
-        88..91 => refused("GET /healthz HTTP/1.1\r\n\r\n", "200"),
+        85..88 => refused("GET /nothing HTTP/1.1\r\nHost: relay\r\n\r\n", "404"),
+        88..91 => refused("GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n", "200"),
         91..94 => refused("junk\r\n\r\n", "400"),
         94 => refused(&"p".repeat(20 << 10), "431"),
         95 => refused("GET /relay HTTP", "408"),
