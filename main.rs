@@ -2965,8 +2965,10 @@ mod copy {
     use tungstenite::protocol::{CloseFrame, Role, WebSocket, WebSocketConfig};
     use tungstenite::{Bytes, Message};
 
-    /// Of a pipe, for one message.
-    const CHUNK_BYTES: usize = 64 << 10;
+    /// Of a pipe, for one message. tungstenite copies it into a buffer that malloc puts beside
+    /// it: if the two were a whole number of pages apart, each load of the copy would wait for a
+    /// store.
+    const CHUNK_BYTES: usize = 62 << 10;
     /// At a time, from the peer: tungstenite clears as much memory before each read.
     const READ_BYTES: usize = 64 << 10;
     /// A larger message from the peer ends the session.
@@ -2981,8 +2983,8 @@ mod copy {
     pub const KEEPALIVES: u32 = 3;
     /// The peer has so long to take a Close.
     const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-    /// poll(2) speaks of room in a socket when a third of its buffer is free. A slow peer makes less
-    /// than that in a long time, so we look.
+    /// poll(2) speaks of room in a socket when a third of its buffer is free. A slow peer makes
+    /// less than that in a long time, so we look.
     const LITTLE_ROOM_CHECK: Duration = Duration::from_secs(1);
     const BROKEN: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
