@@ -1,4 +1,4 @@
-//! What the relay costs, next to what else could carry the bytes: tables in Markdown. `bench [--quick] [--runs N]`.
+//! What the relay costs, next to what else could carry the bytes: tables in Markdown.
 
 #[path = "support/mod.rs"]
 #[allow(dead_code, unused_imports, reason = "the tests use the rest")]
@@ -6,62 +6,215 @@ mod support;
 
 use rustix::net::RecvFlags;
 use rustix::pipe::SpliceFlags;
+use std::any::Any;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
-use std::{array, env, thread};
+use std::{env, thread};
 use support::{nix::*, *};
 
-const COLUMNS: [&str; 4] = ["no relay", "nix-relay", "OpenSSH", "websocat"];
+const USAGE: &str = "bench [--quick | --runs N] [--against NIX-RELAY] [--load NAME] \
+    [raw | steps | growth | nix]…";
 
-fn main() {
-    let arguments: Vec<String> = env::args()
-        .skip(1)
-        .filter(|argument| argument != "--bench")
-        .collect();
-    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["sink", bytes] => sink(bytes.parse().unwrap()),
-        ["source", bytes] => source(bytes.parse().unwrap()),
-        [] => tables(5, false),
-        ["--quick"] => tables(1, true),
-        ["--runs", runs] => tables(runs.parse().unwrap(), false),
-        _ => panic!("usage: bench [--quick | --runs N]"),
+/// What to measure, and how often.
+struct Options {
+    runs: usize,
+    quick: bool,
+    /// Another binary of nix-relay, as a further column.
+    against: Option<String>,
+    /// Of the raw table, only the rows of this load.
+    load: Option<String>,
+    tables: Vec<String>,
+}
+
+impl Options {
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Options {
+        let mut options = Options {
+            runs: 5,
+            quick: false,
+            against: None,
+            load: None,
+            tables: Vec::new(),
+        };
+        while let Some(argument) = arguments.next() {
+            match &*argument {
+                "--quick" => (options.runs, options.quick) = (1, true),
+                "--runs" => options.runs = arguments.next().expect(USAGE).parse().expect(USAGE),
+                "--against" => options.against = Some(arguments.next().expect(USAGE)),
+                "--load" => options.load = Some(arguments.next().expect(USAGE)),
+                "raw" | "steps" | "growth" | "nix" => options.tables.push(argument),
+                _ => panic!("{USAGE}"),
+            }
+        }
+        options
+    }
+
+    fn wants(&self, table: &str) -> bool {
+        self.tables.is_empty() || self.tables.iter().any(|name| name == table)
     }
 }
 
-fn tables(runs: usize, quick: bool) {
+fn main() {
+    let arguments = env::args().skip(1).filter(|a| a != "--bench");
+    let arguments: Vec<String> = arguments.collect();
+    if arguments == ["daemon"] {
+        return daemon();
+    }
+
+    let options = Options::parse(arguments.into_iter());
     let issuer = Issuer::start();
-    println!("Medians of {runs} alternating runs, and in brackets the least and the most.\n");
-    with_nix(&issuer, runs, quick);
-    raw(&issuer, runs, if quick { 1 << 28 } else { 1 << 30 });
-    growth(&issuer, if quick { 1 << 29 } else { 1 << 30 });
+    println!(
+        "Medians of {} alternating runs, and in brackets the least and the most.",
+        options.runs
+    );
+    if options.wants("nix") {
+        with_nix(&issuer, &options);
+    }
+    if options.wants("raw") {
+        raw(&issuer, &options);
+    }
+    if options.wants("steps") {
+        steps(&issuer, &options);
+    }
+    if options.wants("growth") {
+        growth(&issuer, &options);
+    }
 }
 
-/// The middle one, and the span.
+/// Rows by name, each with a value of every column for every run.
+struct Table {
+    columns: Vec<String>,
+    rows: Vec<Row>,
+}
+
+struct Row {
+    name: String,
+    /// Behind the point.
+    digits: usize,
+    values: Vec<Vec<f64>>,
+}
+
+impl Table {
+    fn new(columns: Vec<String>) -> Table {
+        let rows = Vec::new();
+        Table { columns, rows }
+    }
+
+    fn note(&mut self, name: &str, digits: usize, column: usize, value: f64) {
+        let found = self.rows.iter().position(|row| row.name == name);
+        let number = found.unwrap_or_else(|| {
+            let values = vec![Vec::new(); self.columns.len()];
+            let name = name.into();
+            self.rows.push(Row {
+                name,
+                digits,
+                values,
+            });
+            self.rows.len() - 1
+        });
+        self.rows[number].values[column].push(value);
+    }
+
+    /// All columns as they are, then how many times as much as each of the others the first is.
+    fn print(&self) {
+        let others = self.columns[1..].iter().map(|name| format!("÷ {name}"));
+        print_row(
+            ["".into()]
+                .into_iter()
+                .chain(self.columns.clone())
+                .chain(others),
+        );
+        print_row(vec!["---".into(); 2 * self.columns.len()]);
+        for row in &self.rows {
+            let values = row.values.iter().map(|values| spread(values, row.digits));
+            let first = &row.values[0];
+            let others = row.values[1..].iter();
+            let ratios = others.map(|other| spread(&ratios(first, other), 2));
+            print_row([row.name.clone()].into_iter().chain(values).chain(ratios));
+        }
+    }
+
+    /// The first column as it is, and how many times as much the others are.
+    fn print_relative(&self) {
+        let mut columns = self.columns.clone();
+        columns[0] += " (s)";
+        print_row(["".into()].into_iter().chain(columns));
+        print_row(vec!["---".into(); self.columns.len() + 1]);
+        for row in &self.rows {
+            let first = &row.values[0];
+            let others = row.values[1..].iter();
+            let others = others.map(|other| spread(&ratios(other, first), 2));
+            let texts = [row.name.clone(), spread(first, row.digits)];
+            print_row(texts.into_iter().chain(others));
+        }
+    }
+}
+
+fn print_row(texts: impl IntoIterator<Item = String>) {
+    let texts: Vec<String> = texts.into_iter().collect();
+    println!("| {} |", texts.join(" | "));
+}
+
+/// Run by run.
+fn ratios(values: &[f64], others: &[f64]) -> Vec<f64> {
+    let pairs = values.iter().zip(others);
+    pairs.map(|(value, other)| value / other).collect()
+}
+
+/// The median, and the span.
 fn spread(values: &[f64], digits: usize) -> String {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let (low, high, middle) = (
-        sorted[0],
-        sorted[sorted.len() - 1],
-        sorted[sorted.len() / 2],
-    );
-    format!("{middle:.digits$} [{low:.digits$}–{high:.digits$}]")
+    let Some((low, high)) = sorted.first().zip(sorted.last()) else {
+        return "–".into();
+    };
+    let median = sorted[sorted.len() / 2];
+    if sorted.len() == 1 {
+        return format!("{median:.digits$}");
+    }
+    format!("{median:.digits$} [{low:.digits$}–{high:.digits$}]")
+}
+
+/// Each column in turn, and another one first in each run.
+fn turns(run: usize, columns: usize) -> impl Iterator<Item = usize> {
+    (0..columns).map(move |turn| (run + turn) % columns)
+}
+
+/// What a daemon of the benchmark is told to do first, with a number of bytes behind it.
+const SINK: u8 = b'i';
+const SOURCE: u8 = b'o';
+const ECHO: u8 = b'e';
+
+fn order(task: u8, bytes: usize) -> Vec<u8> {
+    [&[task][..], &bytes.to_be_bytes()].concat()
+}
+
+fn daemon() {
+    let mut order = [0; 9];
+    // A pipe is written to whole up to 4 KiB, and what comes behind is not for us.
+    if rustix::io::read(io::stdin(), &mut order).is_ok_and(|length| length < order.len()) {
+        return;
+    }
+    let bytes = usize::from_be_bytes(order[1..].try_into().unwrap());
+    match order[0] {
+        SINK => sink(bytes),
+        SOURCE => source(bytes),
+        _ => panic!("{}", Command::new("cat").exec()),
+    }
 }
 
 /// Takes that many bytes without looking at them, and answers with one.
 fn sink(bytes: usize) {
-    let (stdin, null) = (
-        io::stdin(),
-        File::options().write(true).open("/dev/null").unwrap(),
-    );
+    let null = File::options().write(true).open("/dev/null").unwrap();
     let mut left = bytes;
     while left > 0 {
         let taken =
-            rustix::pipe::splice(&stdin, None, &null, None, left, SpliceFlags::empty()).unwrap();
+            rustix::pipe::splice(io::stdin(), None, &null, None, left, SpliceFlags::empty());
+        let taken = taken.unwrap();
         assert!(taken > 0, "{left} bytes are missing");
         left -= taken;
     }
@@ -69,49 +222,645 @@ fn sink(bytes: usize) {
 }
 
 fn source(bytes: usize) {
-    let (chunk, stdout) = ([b'x'; 64 << 10], io::stdout());
+    let chunk = [b'x'; 64 << 10];
     let mut left = bytes;
     while left > 0 {
-        left -= rustix::io::write(&stdout, &chunk[..left.min(chunk.len())]).unwrap();
+        left -= rustix::io::write(io::stdout(), &chunk[..left.min(chunk.len())]).unwrap();
     }
 }
 
-/// A process that goes when this does.
+/// A process that goes when this does, and with it those that it has started.
 struct Server(Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.0.kill();
+        signal("TERM", self.0.id());
         let _ = self.0.wait();
     }
 }
 
-/// `websocat`, with a shell command for each connection.
-fn websocat(command: &str) -> (Server, SocketAddr) {
-    let address = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
+/// A server under load, and what gets in.
+struct Subject {
+    address: SocketAddr,
+    id: u32,
+    token: String,
+    /// Dropped, it is stopped.
+    _process: Box<dyn Any>,
+}
+
+/// Starts a server that runs this shell script for each connection.
+type Start<'a> = Box<dyn Fn(&str) -> Subject + 'a>;
+
+/// The columns of the tables without nix.
+fn subjects<'a>(issuer: &'a Issuer, options: &'a Options) -> Vec<(String, Start<'a>)> {
+    let relay = |binary: fn(&Options) -> Command| -> Start<'a> {
+        Box::new(move |script| {
+            let setup = Setup::of(binary(options), issuer).set("MAX_CONNECTIONS", "600");
+            let relay = setup.daemon(script).under("ulimit -n hard").start();
+            Subject {
+                address: relay.address,
+                id: relay.child.id(),
+                token: issuer.token(),
+                _process: Box::new(relay),
+            }
+        })
+    };
+    let mut all = vec![
+        ("nix-relay".to_owned(), relay(|_| binary())),
+        ("tokio".to_owned(), Box::new(peer) as Start),
+        ("websocat".to_owned(), Box::new(websocat)),
+    ];
+    if options.against.is_some() {
+        let other = relay(|options| relay_at(options.against.as_ref().unwrap()));
+        all.insert(1, ("the other".to_owned(), other));
+    }
+    all
+}
+
+/// The relay of test/peer.
+fn peer(script: &str) -> Subject {
+    let program = project("target/release/peer");
+    let mut command = Command::new("bash");
+    command.args(["-c", "ulimit -n hard; exec \"$@\"", "-"]);
+    command.arg(program).args(["sh", "-c", script]);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
         .unwrap();
+    let mut line = String::new();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    output.read_line(&mut line).unwrap();
+    Subject {
+        address: line.trim().parse().unwrap(),
+        id: child.id(),
+        token: String::new(),
+        _process: Box::new(Server(child)),
+    }
+}
+
+fn websocat(script: &str) -> Subject {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
     let home = Dir::new();
-    let mut server = job("websocat", &home);
-    server.args([
-        "-q",
-        "--binary",
-        "--exit-on-eof",
-        &format!("ws-listen:{address}"),
-        &format!("sh-c:{command}"),
-    ]);
-    let server = Server(
-        server
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
+    let mut command = job("bash", &home);
+    command.args(["-c", "ulimit -n hard; exec \"$@\"", "-", "websocat"]);
+    command.args(["-q", "--binary", "--exit-on-eof"]);
+    command.args([format!("ws-listen:{address}"), format!("sh-c:{script}")]);
+    let child = command
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let id = child.id();
     eventually("websocat listens", LIMIT, || {
         TcpStream::connect(address).is_ok()
     });
-    (server, address)
+    Subject {
+        address,
+        id,
+        token: String::new(),
+        _process: Box::new(Server(child)),
+    }
+}
+
+/// Seconds, and seconds of the server's CPU.
+struct Cost {
+    secs: f64,
+    cpu: f64,
+}
+
+impl Subject {
+    /// What /proc says of it.
+    fn proc(&self, file: &str) -> String {
+        fs::read_to_string(format!("/proc/{}/{file}", self.id)).unwrap()
+    }
+
+    /// The seconds of CPU that it has used.
+    fn cpu(&self) -> f64 {
+        let stat = self.proc("stat");
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+        let ticks = |number: usize| fields[number].parse::<f64>().unwrap();
+        (ticks(11) + ticks(12)) / 100.0
+    }
+
+    /// The KiB of memory that it has now, or had at most.
+    fn memory(&self, field: &str) -> f64 {
+        let status = self.proc("status");
+        let line = status.lines().find(|line| line.starts_with(field)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    fn connect(&self) -> Client {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        open(stream, &self.token).unwrap()
+    }
+
+    fn cost(&self, run: impl FnOnce()) -> Cost {
+        let (start, before) = (Instant::now(), self.cpu());
+        run();
+        Cost {
+            secs: start.elapsed().as_secs_f64(),
+            cpu: self.cpu() - before,
+        }
+    }
+
+    /// Does the same on so many connections at once, which are there before the clock runs.
+    fn load(&self, connections: usize, run: impl Fn(&mut Client) + Sync) -> Cost {
+        let mut clients: Vec<Client> = (0..connections).map(|_| self.connect()).collect();
+        self.cost(|| {
+            thread::scope(|scope| {
+                for client in &mut clients {
+                    scope.spawn(|| run(client));
+                }
+            });
+        })
+    }
+
+    /// Until the daemons have it all.
+    fn up(&self, connections: usize, bytes: usize) -> Cost {
+        let (burst, each) = (burst(), bytes / connections);
+        self.load(connections, |client| {
+            client.send(order(SINK, each));
+            for _ in 0..each >> 20 {
+                client.raw(&burst);
+            }
+            assert_eq!(client.receive(), b".");
+        })
+    }
+
+    /// Until the clients have it all.
+    fn down(&self, connections: usize, bytes: usize) -> Cost {
+        let each = bytes / connections;
+        self.load(connections, |client| {
+            client.send(order(SOURCE, each));
+            discard(client.0.get_ref(), each);
+        })
+    }
+
+    /// Both ways at once, through cat.
+    fn echo(&self, connections: usize, bytes: usize) -> Cost {
+        let (burst, each) = (burst(), bytes / connections);
+        self.load(connections, |client| {
+            client.send(order(ECHO, 0));
+            let socket = client.0.get_ref();
+            thread::scope(|scope| {
+                scope.spawn(|| discard(socket, each));
+                for _ in 0..each >> 20 {
+                    let mut socket = socket;
+                    socket.write_all(&burst).unwrap();
+                }
+            });
+        })
+    }
+
+    /// Microseconds for 64 bytes there and back, in order.
+    fn ping_pong(&self) -> Vec<f64> {
+        let (mut client, ping) = (self.connect(), frame(0x82, &[b'x'; 64]));
+        client.send(order(ECHO, 0));
+        let once = |_| {
+            let start = Instant::now();
+            client.raw(&ping);
+            client.receive_exactly(64);
+            start.elapsed().as_secs_f64() * 1e6
+        };
+        let mut times: Vec<f64> = (0..10_000).map(once).collect();
+        times.sort_by(f64::total_cmp);
+        times
+    }
+}
+
+/// A MiB in frames of 64 KiB, masked as a client has to.
+fn burst() -> Vec<u8> {
+    let length = 64_usize << 10;
+    let mut frame = vec![0x82, 0xFF];
+    frame.extend(length.to_be_bytes());
+    frame.extend([1, 2, 3, 4]);
+    frame.resize(frame.len() + length, b'x');
+    frame.repeat(16)
+}
+
+/// Takes so many bytes from a connection, the headers of frames included. With that flag, TCP drops what it has instead
+/// of copying it.
+fn discard(socket: &TcpStream, bytes: usize) {
+    let mut unread = vec![0; 1 << 20];
+    let mut left = bytes;
+    while left > 0 {
+        let (_, length) = rustix::net::recv(socket, &mut unread[..], RecvFlags::TRUNC).unwrap();
+        assert!(length > 0, "{left} bytes are missing");
+        left = left.saturating_sub(length);
+    }
+}
+
+/// The script that runs what `daemon` is.
+fn bench_daemon() -> String {
+    format!("exec {} daemon", env::current_exe().unwrap().display())
+}
+
+fn raw(issuer: &Issuer, options: &Options) {
+    let bytes: usize = if options.quick { 1 << 28 } else { 1 << 30 };
+    let gib = bytes as f64 / (1 << 30) as f64;
+    let starts = subjects(issuer, options);
+    let mut table = Table::new(starts.iter().map(|(name, _)| name.clone()).collect());
+    let columns: Vec<[Subject; 2]> = starts
+        .iter()
+        .map(|(_, start)| [start(&bench_daemon()), start("exit 0")])
+        .collect();
+
+    for (column, [subject, _]) in columns.iter().enumerate() {
+        note_memory(&mut table, column, subject);
+    }
+    type Load = fn(&Subject, usize, usize) -> Cost;
+    let loads: [(&str, Load); 3] = [
+        ("up", Subject::up),
+        ("down", Subject::down),
+        ("both ways", Subject::echo),
+    ];
+    for run in 0..options.runs {
+        for (name, load) in loads {
+            if options.load.as_ref().is_some_and(|wanted| wanted != name) {
+                continue;
+            }
+            for connections in [1, 32] {
+                for column in turns(run, columns.len()) {
+                    let cost = load(&columns[column][0], connections, bytes);
+                    let name = format!("{name}, {connections} at once");
+                    table.note(&format!("{name}, GiB/s"), 2, column, gib / cost.secs);
+                    table.note(&format!("{name}, CPU s/GiB"), 2, column, cost.cpu / gib);
+                }
+            }
+        }
+        eprintln!("run {} of {} without nix is done", run + 1, options.runs);
+        if options.load.is_some() {
+            continue;
+        }
+        for column in turns(run, columns.len()) {
+            let times = columns[column][0].ping_pong();
+            let (median, late) = (times[times.len() / 2], times[times.len() * 99 / 100]);
+            table.note("64 bytes there and back, p50, µs", 0, column, median);
+            table.note("the same, p99, µs", 0, column, late);
+        }
+        for column in turns(run, columns.len()) {
+            note_sessions(&mut table, column, &columns[column][1]);
+        }
+    }
+    println!();
+    table.print();
+}
+
+fn note_memory(table: &mut Table, column: usize, subject: &Subject) {
+    const IDLE: usize = 32;
+    let now = || subject.memory("VmRSS:");
+    let start = now();
+    table.note("memory at start, MiB", 1, column, start / 1024.0);
+
+    let mut clients: Vec<Client> = (0..IDLE).map(|_| subject.connect()).collect();
+    let each = (now() - start) / IDLE as f64;
+    table.note("for each idle session, KiB", 0, column, each);
+
+    for client in &mut clients {
+        client.send(order(ECHO, 0));
+        client.send(vec![b'x'; 1 << 20]);
+        client.receive_exactly(1 << 20);
+    }
+    let each = (now() - start) / IDLE as f64;
+    let name = "for each that has echoed a message of 1 MiB, KiB";
+    table.note(name, 0, column, each);
+}
+
+/// Sessions one after the other, whose daemon exits at once.
+fn note_sessions(table: &mut Table, column: usize, subject: &Subject) {
+    const SESSIONS: usize = 300;
+    let cost = subject.cost(|| {
+        for _ in 0..SESSIONS {
+            let _ = io::copy(subject.connect().0.get_mut(), &mut io::sink());
+        }
+    });
+    let count = SESSIONS as f64;
+    table.note("new sessions per second", 0, column, count / cost.secs);
+    table.note("CPU ms for each", 2, column, cost.cpu * 1e3 / count);
+}
+
+/// What a connection costs up to each of its steps.
+fn steps(issuer: &Issuer, options: &Options) {
+    const CONNECTIONS: usize = 500;
+    let mut subjects = subjects(issuer, options);
+    subjects.retain(|(name, _)| name == "nix-relay" || name == "the other");
+    let mut table = Table::new(subjects.iter().map(|(name, _)| name.clone()).collect());
+    let subjects: Vec<Subject> = subjects
+        .iter()
+        .map(|(_, start)| start("exec cat"))
+        .collect();
+
+    let stranger = issuer.token_with(json!({ "repository_owner": "nobody" }));
+    let stranger = upgrade_request(&format!("Authorization: Bearer {stranger}\r\n"));
+    let health = "GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n";
+    type Step<'a> = (&'a str, Box<dyn Fn(&Subject) + 'a>);
+    let ask = |request: String, status: &'static str| {
+        Box::new(move |subject: &Subject| {
+            let mut stream = TcpStream::connect(subject.address).unwrap();
+            stream.write_all(request.as_bytes()).unwrap();
+            let head = read_head(&mut stream);
+            assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{head}");
+        })
+    };
+    let all: [Step; 5] = [
+        (
+            "accepted, and `/healthz` answered",
+            ask(health.into(), "200"),
+        ),
+        ("no token: refused", ask(upgrade_request(""), "401")),
+        ("token verified, no rule: refused", ask(stranger, "403")),
+        ("session: 101", Box::new(|subject| drop(subject.connect()))),
+        (
+            "session: first byte through `cat`",
+            Box::new(|subject| {
+                let mut client = subject.connect();
+                client.send("x");
+                client.receive_exactly(1);
+            }),
+        ),
+    ];
+    for run in 0..options.runs {
+        for (name, step) in &all {
+            for column in turns(run, subjects.len()) {
+                let mut times = Vec::new();
+                let cost = subjects[column].cost(|| {
+                    for _ in 0..CONNECTIONS {
+                        let start = Instant::now();
+                        step(&subjects[column]);
+                        times.push(start.elapsed().as_secs_f64() * 1e6);
+                    }
+                    // What they leave behind is part of the cost.
+                    eventually("the daemons are gone", LIMIT, || {
+                        descendants(subjects[column].id).is_empty()
+                    });
+                });
+                times.sort_by(f64::total_cmp);
+                let cpu = cost.cpu * 1e6 / CONNECTIONS as f64;
+                table.note(
+                    &format!("{name}, p50, µs"),
+                    0,
+                    column,
+                    times[times.len() / 2],
+                );
+                table.note(&format!("{name}, CPU µs"), 0, column, cpu);
+            }
+        }
+        eprintln!("run {} of {} by steps is done", run + 1, options.runs);
+    }
+    println!();
+    table.print();
+}
+
+fn growth(issuer: &Issuer, options: &Options) {
+    let bytes: usize = if options.quick { 1 << 29 } else { 1 << 30 };
+    let gib = bytes as f64 / (1 << 30) as f64;
+    let starts = subjects(issuer, options);
+    let mut table = Table::new(starts.iter().map(|(name, _)| name.clone()).collect());
+    for run in 0..options.runs {
+        for connections in [1, 8, 32, 128, 512] {
+            for column in turns(run, starts.len()) {
+                let subject = starts[column].1(&bench_daemon());
+                let cost = subject.up(connections, bytes);
+                let peak = subject.memory("VmHWM:") / 1024.0;
+                let name = format!("{connections} at once, up");
+                table.note(&format!("{name}, GiB/s"), 2, column, gib / cost.secs);
+                table.note(&format!("{name}, CPU s/GiB"), 2, column, cost.cpu / gib);
+                table.note(&format!("{name}, most memory, MiB"), 0, column, peak);
+            }
+        }
+        eprintln!("run {} of {} of growth is done", run + 1, options.runs);
+    }
+    println!();
+    table.print();
+}
+
+/// What carries the bytes of a Nix.
+struct Route {
+    name: &'static str,
+    /// A store, and what names the server of its client.
+    store: String,
+    variables: Vec<(&'static str, String)>,
+}
+
+/// A nix that has its store in a directory, as root: so that the daemon can have another for its /nix.
+struct Nix {
+    home: Dir,
+    variables: Vec<(&'static str, String)>,
+}
+
+/// Names as own-store gives them: stores with different ones cannot exchange paths.
+const STORE: (&str, &str) = ("NIX_STORE_DIR", "/var/lib/nix-relay-test/store");
+
+impl Nix {
+    fn command(&self, program: &str) -> Command {
+        let mut command = job(program, &self.home);
+        command.env("NIX_CONFIG", CONFIG).env(STORE.0, STORE.1);
+        command
+    }
+
+    /// The seconds that it takes.
+    fn run(&self, route: &Route, arguments: &[&str]) -> f64 {
+        let mut command = self.command("nix");
+        command.args(arguments).envs(self.variables.iter().cloned());
+        command.envs(route.variables.iter().cloned());
+        let start = Instant::now();
+        let output = command.output().unwrap();
+        let secs = start.elapsed().as_secs_f64();
+        let log = texts(&output).1;
+        let name = route.name;
+        assert!(output.status.success(), "{name}: nix {arguments:?}:\n{log}");
+        secs
+    }
+
+    fn copy(&self, route: &Route, from: &str, to: &str, paths: &[String]) -> f64 {
+        let mut arguments = vec!["copy", "--no-check-sigs", "--from", from, "--to", to];
+        arguments.extend(paths.iter().map(String::as_str));
+        self.run(route, &arguments)
+    }
+
+    /// Adds files of random bytes to its store: their paths.
+    fn add(&self, store: &str, name: &str, count: usize, bytes: u64) -> Vec<String> {
+        let random = File::open("/dev/urandom").unwrap();
+        let mut command = self.command("nix-store");
+        command.args(["--store", store, "--add"]);
+        for number in 0..count {
+            let path = self.home.path(&format!("{name}{number}"));
+            let mut file = File::create(&path).unwrap();
+            io::copy(&mut (&random).take(bytes), &mut file).unwrap();
+            command.arg(path);
+        }
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", texts(&output).1);
+        texts(&output).0.lines().map(String::from).collect()
+    }
+}
+
+fn with_nix(issuer: &Issuer, options: &Options) {
+    let (home, remote) = (Dir::new(), Dir::new());
+    let own_store = project("test/support/own-store").display().to_string();
+    let script = format!(
+        "export HOME={0} NIX_CONFIG='{CONFIG}'\nexec {own_store} {0}/nix nix-daemon \"$@\"",
+        remote.path("").display()
+    );
+    let daemon = remote.script("daemon", &script).display().to_string();
+    let relay = Setup::new(issuer).set("DAEMON_PATH", &daemon).start();
+    let nix = Nix {
+        variables: token_variables(issuer).into(),
+        home,
+    };
+    let (proxy, _nginx) = nginx(&nix.home, relay.address);
+    let mut routes = routes(&nix.home, &daemon, relay.address, proxy);
+    // One of before the client was in it has no such column.
+    let against = options.against.as_ref().filter(|program| {
+        let help = relay_at(program).arg("--help").output().unwrap();
+        texts(&help).0.contains("--stdio")
+    });
+    let other = against.map(|program| {
+        let setup = Setup::of(relay_at(program), issuer);
+        let relay = setup.set("DAEMON_PATH", &daemon).start();
+        routes.insert(2, through("the other, ws", program, relay.address));
+        relay
+    });
+
+    let source = nix.home.path("source").display().to_string();
+    let large = nix.add(
+        &source,
+        "large",
+        8,
+        if options.quick { 4 } else { 32 } << 20,
+    );
+    let small = nix.add(
+        &source,
+        "small",
+        if options.quick { 200 } else { 2000 },
+        4096,
+    );
+    let mib = if options.quick { 32 } else { 256 };
+    let mut table = Table::new(routes.iter().map(|route| route.name.into()).collect());
+    for run in 0..options.runs {
+        for column in turns(run, routes.len()) {
+            let route = &routes[column];
+            let store = &*route.store;
+            let mut note = |name: &str, secs| table.note(name, 2, column, secs);
+
+            new_store(&own_store, &remote);
+            let secs = nix.copy(route, &source, store, &large);
+            note(&format!("`nix copy --to`, {mib} MiB in 8 paths"), secs);
+            let here = Dir::new();
+            let secs = nix.copy(route, store, here.path("").to_str().unwrap(), &large);
+            note("`nix copy --from`, the same", secs);
+            let secs = nix.copy(route, &source, store, &small);
+            note(
+                &format!("`nix copy --to`, {} paths of 4 KiB", small.len()),
+                secs,
+            );
+            for _ in 0..5 {
+                let secs = nix.run(route, &["store", "ping", "--store", store]);
+                note("`nix store ping`", secs);
+            }
+            for number in 0..5 {
+                let name = format!("x{run}-{column}-{number}");
+                let file = nix
+                    .home
+                    .write("drv.nix", &derivation(&name, "echo x > $out"));
+                let file = file.to_str().unwrap();
+                let build = ["build", "--eval-store", &source, "--store", store];
+                let secs = nix.run(route, &[&build[..], &["--no-link", "-f", file]].concat());
+                note("build of a trivial derivation", secs);
+            }
+        }
+        eprintln!("run {} of {} with nix is done", run + 1, options.runs);
+    }
+    drop((relay, other));
+    println!();
+    table.print_relative();
+}
+
+/// Through a relay at this address, with the client that is `program`.
+fn through(name: &'static str, program: &str, address: SocketAddr) -> Route {
+    Route {
+        name,
+        store: format!("ssh-ng://localhost?remote-program={program}"),
+        variables: vec![("NIX_RELAY_URL", format!("ws://{address}"))],
+    }
+}
+
+fn routes(home: &Dir, daemon: &str, relay: SocketAddr, proxy: SocketAddr) -> Vec<Route> {
+    let client = env!("CARGO_BIN_EXE_nix-relay");
+    let mut tls = through("nix-relay, wss", client, proxy);
+    tls.variables = vec![
+        ("NIX_RELAY_URL", format!("wss://localhost:{}", proxy.port())),
+        ("SSL_CERT_FILE", home.path("ca.pem").display().to_string()),
+    ];
+    let client_sh = project("client.sh").display().to_string();
+    let options = sshd(home);
+    let direct = |name, host| Route {
+        name,
+        store: format!("ssh-ng://{host}?remote-program={daemon}"),
+        variables: vec![("NIX_SSHOPTS", options.clone())],
+    };
+    vec![
+        direct("no relay", "localhost"),
+        through("nix-relay, ws", client, relay),
+        tls,
+        through("client.sh, ws", &client_sh, relay),
+        direct("OpenSSH", "127.0.0.1"),
+    ]
+}
+
+/// An empty store for the daemon.
+fn new_store(own_store: &str, remote: &Dir) {
+    let directory = remote.path("nix");
+    let mut writable = Command::new("chmod");
+    writable
+        .args(["-R", "u+w"])
+        .arg(&directory)
+        .stderr(Stdio::null());
+    let _ = writable.status();
+    let _ = fs::remove_dir_all(&directory);
+    let mut init = job(own_store, remote);
+    init.arg(&directory).args(["nix-store", "--init"]);
+    assert!(init.env("NIX_CONFIG", CONFIG).status().unwrap().success());
+}
+
+/// nginx with TLS in front of a relay, by the file in nix/: its address. `ca.pem` is for its clients.
+fn nginx(home: &Dir, relay: SocketAddr) -> (SocketAddr, Server) {
+    let make = "make='openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes'
+        $make -subj /CN=authority -keyout ca.key -out ca.pem
+        $make -subj /CN=relay -addext subjectAltName=DNS:localhost \
+            -addext basicConstraints=critical,CA:FALSE \
+            -CA ca.pem -CAkey ca.key -keyout relay.key -out relay.pem";
+    let mut shell = Command::new("sh");
+    shell.args(["-c", make]).current_dir(home.path(""));
+    assert!(shell.stderr(Stdio::null()).status().unwrap().success());
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let file = fs::read_to_string(project("nix/nginx.conf")).unwrap();
+    let file = file
+        .replace("listen 443 ssl;", &format!("listen {address} ssl;"))
+        .replace("relay.example.com", "localhost")
+        .replace("127.0.0.1:8080", &relay.to_string())
+        .replace("/etc/ssl/", "");
+    let text = format!(
+        "daemon off; worker_processes 2; pid pid; events {{}}
+        http {{ access_log off; client_body_temp_path a; proxy_temp_path b; fastcgi_temp_path c;
+        uwsgi_temp_path d; scgi_temp_path e;\n{file}}}"
+    );
+    let conf = home.write("nginx.conf", &text);
+    let mut command = Command::new("nginx");
+    command.args(["-e", "stderr", "-p"]).arg(home.path(""));
+    let child = command.arg("-c").arg(conf).spawn().unwrap();
+    eventually("nginx listens", LIMIT, || {
+        TcpStream::connect(address).is_ok()
+    });
+    (address, Server(child))
 }
 
 /// OpenSSH's server with a key of its own, for one user with another: the options for its client.
@@ -151,381 +900,4 @@ fn sshd(dir: &Dir) -> String {
         path("user"),
         path("known")
     )
-}
-
-/// Names as own-store gives them: stores with different ones cannot exchange paths.
-const STORE: (&str, &str) = ("NIX_STORE_DIR", "/var/lib/nix-relay-test/store");
-
-/// A nix that has its store in a directory, as root: so that the daemon can have another for its /nix.
-struct Nix {
-    home: Dir,
-    variables: Vec<(&'static str, String)>,
-    stores: [String; 4],
-}
-
-impl Nix {
-    fn run(&self, column: usize, arguments: &[&str]) -> f64 {
-        let mut command = job("nix", &self.home);
-        command.args(arguments).envs(self.variables.iter().cloned());
-        if let Some(url) = self.stores[column].split_once(' ') {
-            command.env("NIX_RELAY_URL", url.1);
-        }
-        let start = Instant::now();
-        let output = command.output().unwrap();
-        assert!(
-            output.status.success(),
-            "{}: nix {arguments:?}:\n{}",
-            COLUMNS[column],
-            texts(&output).1
-        );
-        start.elapsed().as_secs_f64()
-    }
-}
-
-fn with_nix(issuer: &Issuer, runs: usize, quick: bool) {
-    let (home, remote) = (Dir::new(), Dir::new());
-    let own_store = project("test/support/own-store").display().to_string();
-    let script = format!(
-        "export HOME={0} NIX_CONFIG='{CONFIG}'\nexec {own_store} {0}/nix nix-daemon \"$@\"",
-        remote.path("").display()
-    );
-    let daemon = remote.script("daemon", &script).display().to_string();
-    let relay = Setup::new(issuer).set("DAEMON_PATH", &daemon).start();
-    let (_server, address) = websocat(&format!("exec {daemon} --stdio"));
-    let client = project("client.sh").display().to_string();
-    let mut variables = vec![
-        (STORE.0, STORE.1.into()),
-        ("NIX_CONFIG", CONFIG.into()),
-        ("NIX_SSHOPTS", sshd(&home)),
-    ];
-    variables.extend(token_variables(issuer));
-    let stores = [
-        format!("ssh-ng://localhost?remote-program={daemon}"),
-        format!(
-            "ssh-ng://localhost?remote-program={client} ws://{}",
-            relay.address
-        ),
-        format!("ssh-ng://127.0.0.1?remote-program={daemon}"),
-        format!("ssh-ng://localhost?remote-program={client} ws://{address}"),
-    ];
-    let nix = Nix {
-        home,
-        variables,
-        stores,
-    };
-    let source = nix.home.path("source").display().to_string();
-    let add = |name: &str, count: usize, bytes: u64| -> Vec<String> {
-        let mut random = File::open("/dev/urandom").unwrap();
-        let mut command = job("nix-store", &nix.home);
-        command
-            .env("NIX_CONFIG", CONFIG)
-            .env(STORE.0, STORE.1)
-            .args(["--store", &source, "--add"]);
-        for number in 0..count {
-            let mut content = Vec::new();
-            Read::by_ref(&mut random)
-                .take(bytes)
-                .read_to_end(&mut content)
-                .unwrap();
-            let file = nix.home.path(&format!("{name}{number}"));
-            fs::write(&file, content).unwrap();
-            command.arg(file);
-        }
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", texts(&output).1);
-        texts(&output).0.lines().map(String::from).collect()
-    };
-    let large = add("large", 8, if quick { 4 << 20 } else { 32 << 20 });
-    let small = add("small", if quick { 200 } else { 2000 }, 4096);
-    let reset = || {
-        let nix_dir = remote.path("nix");
-        let _ = Command::new("chmod")
-            .args(["-R", "u+w"])
-            .arg(&nix_dir)
-            .stderr(Stdio::null())
-            .status();
-        let _ = fs::remove_dir_all(&nix_dir);
-        let mut init = job(&own_store, &remote);
-        init.arg(&nix_dir)
-            .args(["nix-store", "--init"])
-            .env("NIX_CONFIG", CONFIG);
-        assert!(init.status().unwrap().success());
-    };
-    let store = |column: usize| nix.stores[column].split(' ').next().unwrap();
-    let copy = |column: usize, from: &str, to: &str, paths: &[String]| {
-        let mut arguments = vec!["copy", "--no-check-sigs", "--from", from, "--to", to];
-        arguments.extend(paths.iter().map(String::as_str));
-        nix.run(column, &arguments)
-    };
-    let mut times: [[Vec<f64>; 5]; 4] = Default::default();
-    for run in 0..runs {
-        for (column, times) in times.iter_mut().enumerate() {
-            reset();
-            times[0].push(copy(column, &source, store(column), &large));
-            let here = Dir::new();
-            times[1].push(copy(
-                column,
-                store(column),
-                here.path("").to_str().unwrap(),
-                &large,
-            ));
-            times[2].push(copy(column, &source, store(column), &small));
-            times[3].push(nix.run(column, &["store", "ping", "--store", store(column)]));
-            let file = nix.home.write(
-                "drv.nix",
-                &derivation(&format!("x{run}{column}"), "echo x > $out"),
-            );
-            let file = file.to_str().unwrap();
-            let build = [
-                "build",
-                "--eval-store",
-                &source,
-                "--store",
-                store(column),
-                "--no-link",
-                "-f",
-                file,
-            ];
-            times[4].push(nix.run(column, &build));
-        }
-        eprintln!("run {} of {runs} with nix is done", run + 1);
-    }
-    let (mib, many) = (if quick { 32 } else { 256 }, small.len());
-    let names = [
-        format!("`nix copy --to`, {mib} MiB in 8 paths"),
-        "`nix copy --from`, the same".into(),
-        format!("`nix copy --to`, {many} paths of 4 KiB"),
-        "`nix store ping`".into(),
-        "build of a trivial derivation".into(),
-    ];
-    println!(
-        "| | {} (s) | {} |\n| --- | --- | --- | --- | --- |",
-        COLUMNS[0],
-        COLUMNS[1..].join(" | ")
-    );
-    let [floor, others @ ..] = &times;
-    for (row, name) in names.iter().enumerate() {
-        let ratios = others.each_ref().map(|other| {
-            let ratios: Vec<f64> = other[row]
-                .iter()
-                .zip(&floor[row])
-                .map(|(time, floor)| time / floor)
-                .collect();
-            spread(&ratios, 1)
-        });
-        println!(
-            "| {name} | {} | {} |",
-            spread(&floor[row], 2),
-            ratios.join(" | ")
-        );
-    }
-}
-
-/// The seconds of CPU that a process has used.
-fn cpu(id: u32) -> f64 {
-    let stat = fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
-    let fields: Vec<f64> = stat
-        .rsplit(") ")
-        .next()
-        .unwrap()
-        .split(' ')
-        .map(|f| f.parse().unwrap_or(0.0))
-        .collect();
-    (fields[11] + fields[12]) / 100.0
-}
-
-/// The KiB of memory that it has now.
-fn memory(id: u32) -> f64 {
-    let status = fs::read_to_string(format!("/proc/{id}/status")).unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmRSS:"))
-        .unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
-/// What is measured without nix: the relay, or websocat.
-struct Subject {
-    address: SocketAddr,
-    id: u32,
-    token: String,
-}
-
-impl Subject {
-    fn connect(&self) -> Client {
-        let stream = TcpStream::connect(self.address).unwrap();
-        stream.set_nodelay(true).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        open(stream, &self.token).unwrap()
-    }
-
-    /// From as many clients at once, until the daemons have it all.
-    fn up(&self, clients: &mut [Client], bytes_each: usize) -> (f64, f64) {
-        // Frames of 64 KiB, made before the clock runs.
-        let header = [
-            &[0x82, 0xFF][..],
-            &(64_u64 << 10).to_be_bytes(),
-            &[1, 2, 3, 4],
-        ]
-        .concat();
-        let burst = [header, vec![b'x'; 64 << 10]].concat().repeat(16);
-        let (start, before) = (Instant::now(), cpu(self.id));
-        thread::scope(|scope| {
-            for client in clients {
-                scope.spawn(|| {
-                    for _ in 0..bytes_each >> 20 {
-                        client.0.get_mut().write_all(&burst).unwrap();
-                    }
-                    assert_eq!(client.receive(), b".");
-                });
-            }
-        });
-        (start.elapsed().as_secs_f64(), cpu(self.id) - before)
-    }
-
-    /// Until the end of the connection.
-    fn down(&self) -> (f64, f64) {
-        let (start, before) = (Instant::now(), cpu(self.id));
-        let client = self.connect();
-        let mut unread = vec![0; 1 << 20];
-        // With that flag, TCP drops what it has instead of copying it.
-        while rustix::net::recv(client.0.get_ref(), &mut unread[..], RecvFlags::TRUNC)
-            .is_ok_and(|(_, n)| n > 0)
-        {}
-        (start.elapsed().as_secs_f64(), cpu(self.id) - before)
-    }
-
-    /// Microseconds there and back, in order.
-    fn ping_pong(&self) -> Vec<f64> {
-        let (mut client, ping) = (self.connect(), frame(0x82, &[b'x'; 64]));
-        let mut times: Vec<f64> = (0..10_000)
-            .map(|_| {
-                let start = Instant::now();
-                client.raw(&ping);
-                client.receive_exactly(64);
-                start.elapsed().as_secs_f64() * 1e6
-            })
-            .collect();
-        times.sort_by(f64::total_cmp);
-        times
-    }
-}
-
-fn raw(issuer: &Issuer, runs: usize, bytes: usize) {
-    let own = env::current_exe().unwrap().display().to_string();
-    let daemons = [
-        format!("exec {own} sink {bytes}"),
-        format!("exec {own} source {bytes}"),
-        "exec cat".into(),
-        "exec true".into(),
-    ];
-    let relays = daemons
-        .each_ref()
-        .map(|daemon| Setup::new(issuer).daemon(daemon).start());
-    let servers = daemons.each_ref().map(|daemon| websocat(daemon));
-    let all: [[Subject; 4]; 2] = [
-        array::from_fn(|n| Subject {
-            address: relays[n].address,
-            id: relays[n].child.id(),
-            token: issuer.token(),
-        }),
-        array::from_fn(|n| Subject {
-            address: servers[n].1,
-            id: servers[n].0.0.id(),
-            token: issuer.token(),
-        }),
-    ];
-    const IDLE: usize = 32;
-    const ROWS: [&str; 10] = [
-        "up, GiB/s",
-        "up, CPU s/GiB",
-        "down, GiB/s",
-        "down, CPU s/GiB",
-        "64 bytes there and back, p50, µs",
-        "the same, p99, µs",
-        "new sessions per second",
-        "memory at start, MiB",
-        "for each idle session, KiB",
-        "for each that has echoed a message of 1 MiB, KiB",
-    ];
-    let mut rows: [[Vec<f64>; 2]; 10] = Default::default();
-    let gib = bytes as f64 / (1 << 30) as f64;
-    for run in 0..runs {
-        for (column, [sink, source, cat, end]) in all.iter().enumerate() {
-            let mut note = |row: usize, value: f64| rows[row][column].push(value);
-            if run == 0 {
-                note(7, memory(cat.id) / 1024.0);
-                let before = memory(cat.id);
-                let mut clients: Vec<Client> = (0..IDLE).map(|_| cat.connect()).collect();
-                note(8, (memory(cat.id) - before) / IDLE as f64);
-                for client in &mut clients {
-                    client.send(vec![b'x'; 1 << 20]);
-                    client.receive_exactly(1 << 20);
-                }
-                note(9, (memory(cat.id) - before) / IDLE as f64);
-            }
-            let (secs, cpu) = sink.up(&mut [sink.connect()], bytes);
-            note(0, gib / secs);
-            note(1, cpu / gib);
-            let (secs, cpu) = source.down();
-            note(2, gib / secs);
-            note(3, cpu / gib);
-            let times = cat.ping_pong();
-            note(4, times[times.len() / 2]);
-            note(5, times[times.len() * 99 / 100]);
-            let start = Instant::now();
-            for _ in 0..200 {
-                let _ = io::copy(end.connect().0.get_mut(), &mut io::sink());
-            }
-            note(6, 200.0 / start.elapsed().as_secs_f64());
-        }
-        eprintln!("run {} of {runs} without nix is done", run + 1);
-    }
-    println!(
-        "\n| | {} | {} |\n| --- | --- | --- |",
-        COLUMNS[1], COLUMNS[3]
-    );
-    for (number, (name, row)) in ROWS.iter().zip(&rows).enumerate() {
-        let digits = if number < 4 {
-            2
-        } else {
-            usize::from(number == 7)
-        };
-        println!(
-            "| {name} | {} | {} |",
-            spread(&row[0], digits),
-            spread(&row[1], digits)
-        );
-    }
-}
-
-fn growth(issuer: &Issuer, bytes: usize) {
-    let own = env::current_exe().unwrap().display().to_string();
-    println!(
-        "\n| sessions at once, each copying up | GiB/s in all | relay's CPU s/GiB | relay's most memory, MiB |"
-    );
-    println!("| --- | --- | --- | --- |");
-    for sessions in [1, 8, 32, 128, 512] {
-        let each = bytes / sessions;
-        let setup = Setup::new(issuer)
-            .daemon(&format!("exec {own} sink {each}"))
-            .set("MAX_CONNECTIONS", "600");
-        let relay = setup.under("ulimit -n 65536").start();
-        let subject = Subject {
-            address: relay.address,
-            id: relay.child.id(),
-            token: issuer.token(),
-        };
-        let mut clients: Vec<Client> = (0..sessions).map(|_| subject.connect()).collect();
-        let ((secs, cpu), gib) = (
-            subject.up(&mut clients, each),
-            bytes as f64 / (1 << 30) as f64,
-        );
-        println!(
-            "| {sessions} | {:.2} | {:.2} | {} |",
-            gib / secs,
-            cpu / gib,
-            relay.peak_memory()
-        );
-    }
 }

@@ -80,7 +80,12 @@ impl Drop for Dir {
 
 /// The binary under test, with an environment that holds nothing of ours.
 pub fn binary() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nix-relay"));
+    relay_at(env!("CARGO_BIN_EXE_nix-relay"))
+}
+
+/// Another binary, in the same environment.
+pub fn relay_at(program: &str) -> Command {
+    let mut command = Command::new(program);
     // A Nix shell has it name a file that is not there.
     command.env_remove("SSL_CERT_FILE");
     for (name, _) in env::vars_os() {
@@ -158,8 +163,12 @@ pub struct Setup {
 
 impl Setup {
     pub fn new(issuer: &Issuer) -> Setup {
+        Setup::of(binary(), issuer)
+    }
+
+    /// The same for the binary that `command` runs.
+    pub fn of(mut command: Command, issuer: &Issuer) -> Setup {
         let dir = Dir::new();
-        let mut command = binary();
         command
             .env("NIX_RELAY_LISTEN", "127.0.0.1:0")
             .env("NIX_RELAY_ISSUER", issuer.url())
@@ -194,11 +203,9 @@ impl Setup {
     /// Shell commands that the relay's process runs before it becomes the relay.
     pub fn under(mut self, commands: &str) -> Setup {
         let mut shell = Command::new("bash");
-        shell.args([
-            "-c",
-            &format!("{commands}; exec \"$0\""),
-            env!("CARGO_BIN_EXE_nix-relay"),
-        ]);
+        shell
+            .args(["-c", &format!("{commands}; exec \"$0\"")])
+            .arg(self.command.get_program());
         for (name, value) in self.command.get_envs() {
             match value {
                 Some(value) => shell.env(name, value),
