@@ -3359,16 +3359,20 @@ mod copy {
         /// Pipe → WebSocket.
         fn outward(&self, source: BorrowedFd, source_ended: Option<BorrowedFd>) {
             let _guard = EndOnPanic(self);
+            let mut chunk = Vec::with_capacity(CHUNK_BYTES);
             let mut ended = false;
 
             while self.end.get().is_none() {
-                let mut chunk = Vec::with_capacity(CHUNK_BYTES);
                 match rustix::io::read(source, rustix::buffer::spare_capacity(&mut chunk)) {
                     Ok(1..) => {
-                        if !self.send(chunk) {
+                        let payload = Bytes::from(chunk);
+                        if !self.send(payload.clone()) {
                             // The peer takes no more: `inward` finds out why.
                             return;
                         }
+                        // Nobody else has it any more, so the memory comes back.
+                        chunk = payload.into();
+                        chunk.clear();
                     }
                     Err(Errno::INTR) => {}
                     Err(Errno::AGAIN) if !ended => {
@@ -3386,9 +3390,9 @@ mod copy {
 
         /// Sends a message of data, and waits for as long as the socket does not take all of it
         /// and the session lasts. Says whether it was sent.
-        fn send(&self, chunk: Vec<u8>) -> bool {
-            let length = chunk.len() as u64;
-            let mut message = Some(Message::Binary(Bytes::from(chunk)));
+        fn send(&self, payload: Bytes) -> bool {
+            let length = payload.len() as u64;
+            let mut message = Some(Message::Binary(payload));
 
             loop {
                 // Into an empty buffer, which has room for it.
