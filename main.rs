@@ -1806,7 +1806,10 @@ mod session {
 
         let ending = Ending::of(link.end());
         let patience = Patience {
-            silence: secs(config.server.keepalive_secs) * KEEPALIVES,
+            silence: match config.server.keepalive_secs {
+                0 => deadline.saturating_duration_since(Instant::now()),
+                keepalive => secs(keepalive) * KEEPALIVES,
+            },
             deadline,
         };
         let (fate, detail) = end_both_sides(&link, &ending, daemon, number, &patience);
@@ -2953,6 +2956,7 @@ mod copy {
     use crate::util::{self, lock};
     use rustix::event::{PollFd, PollFlags};
     use rustix::io::Errno;
+    use rustix::net::sockopt;
     use std::io::{self, ErrorKind, Read, Write};
     use std::net::TcpStream;
     use std::os::fd::BorrowedFd;
@@ -2986,6 +2990,8 @@ mod copy {
     /// poll(2) speaks of room in a socket when a third of its buffer is free. A slow peer makes
     /// less than that in a long time, so we look.
     const LITTLE_ROOM_CHECK: Duration = Duration::from_secs(1);
+    /// Of a socket for what it sends: about what Linux makes the smallest.
+    const SMALLEST_BUFFER: usize = 5 << 10;
     const BROKEN: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
     /// Why a session ended.
@@ -3430,7 +3436,10 @@ mod copy {
             let mut sending = lock(&self.sending);
             match step(&mut sending) {
                 Ok(()) => {
-                    self.unsent.store(false, Relaxed);
+                    if self.unsent.swap(false, Relaxed) {
+                        // It took what was waiting, and its pongs come behind that.
+                        self.wire.note(&self.wire.heard);
+                    }
                     Sent::All
                 }
                 Err(Error::Io(e)) if e.kind() != ErrorKind::WouldBlock => Sent::Broken,
@@ -3474,24 +3483,35 @@ mod copy {
             poll::linger(&self.wire.socket, CLOSE_TIMEOUT);
         }
 
-        /// Waits until the peer has taken what the kernel holds for it. A socket whose buffer is
-        /// as small as can be takes more only then (socket(7)). What the peer sends is read.
+        /// Waits until the peer has taken what the kernel holds for it. How much that is, a socket
+        /// tells by the size of the buffer in which it would have room for more (socket(7)): we
+        /// make it smaller by and by, and each time there is room the peer has taken something.
+        /// What it sends is read.
         fn drain(&self, patience: &Patience) {
             let mut socket = &*self.wire.socket;
-            let _ = rustix::net::sockopt::set_socket_send_buffer_size(socket, 1);
             let until = || patience.deadline.min(Instant::now() + patience.silence);
+            let room_in = |size: usize, until| {
+                // The kernel doubles what it is told, and has a smallest size.
+                let _ = sockopt::set_socket_send_buffer_size(&self.wire.socket, size / 2);
+                let events = PollFd::new(&self.wire.socket, PollFlags::IN | PollFlags::OUT);
+                let [ready] = poll::ready([Some(events)], Some(until));
+                ready
+            };
 
+            let mut size = sockopt::socket_send_buffer_size(socket).unwrap_or(0);
+            let mut ready = room_in(0, Instant::now());
             let mut limit = until();
-            while Instant::now() < limit {
-                let events = PollFd::new(&socket, PollFlags::IN | PollFlags::OUT);
-                let [ready] = poll::ready([Some(events)], Some(limit));
-                if ready.intersects(BROKEN | PollFlags::OUT) {
-                    return;
-                }
+            while !ready.intersects(BROKEN | PollFlags::OUT) && Instant::now() < limit {
+                ready = room_in(size, limit);
                 if ready.contains(PollFlags::IN) {
                     if !socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0) {
                         return;
                     }
+                    limit = until();
+                }
+                if ready.contains(PollFlags::OUT) && size > SMALLEST_BUFFER {
+                    size -= size / 16;
+                    ready.remove(PollFlags::OUT);
                     limit = until();
                 }
             }
@@ -3548,7 +3568,7 @@ mod copy {
             if let Some(interval) = interval {
                 // For a peer that vanishes while nothing is read from it.
                 let limit = (interval * KEEPALIVES).as_millis().min(i32::MAX as u128) as u32;
-                rustix::net::sockopt::set_tcp_user_timeout(wire, limit)?;
+                sockopt::set_tcp_user_timeout(wire, limit)?;
             }
             Ok(Keepalive {
                 interval,
@@ -3559,9 +3579,9 @@ mod copy {
         /// Sends a ping if it is time, ends the session if the peer is gone, and says when to be
         /// called again.
         ///
-        /// The peer is there if it sent something in the last three intervals, or could not
-        /// because we did not read; and if its socket took something of what we have for it, or
-        /// we have nothing.
+        /// The peer is there if, in the last three intervals, its socket took something of what
+        /// we have for it. If we have nothing, it is there if it sent something, or could not
+        /// because we did not read.
         pub fn check(&mut self, link: &Link) -> Option<Instant> {
             let interval = self.interval?;
             let now = Instant::now();
@@ -3576,13 +3596,13 @@ mod copy {
                 }
             }
 
-            let mut last_sign = now;
-            if !link.sink_is_full.load(Relaxed) {
-                last_sign = last_sign.min(link.wire.since(&link.wire.heard));
-            }
-            if link.unsent.load(Relaxed) {
-                last_sign = last_sign.min(link.wire.since(&link.wire.taken));
-            }
+            let last_sign = if link.unsent.load(Relaxed) {
+                link.wire.since(&link.wire.taken)
+            } else if link.sink_is_full.load(Relaxed) {
+                now
+            } else {
+                link.wire.since(&link.wire.heard)
+            };
             let limit = last_sign + interval * KEEPALIVES;
             if now >= limit {
                 link.finish(End::Gone(

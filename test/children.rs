@@ -59,37 +59,63 @@ fn all_output_comes_before_the_close() {
     stage.nothing_is_left();
 }
 
-/// However slowly it is taken, while it is taken: most of it is still on its way when the daemon is long gone. A client
-/// that reads also answers pings and sends some, which the end of the connection must not come before.
-#[test]
-fn all_output_comes_however_slowly_it_is_read() {
-    const ALL: usize = 2_600_000;
+/// Much of its output is still on its way when the daemon is long gone. The client reads 400 KiB in a second, and sends
+/// a ping so often.
+fn all_output_comes_slowly(keepalive_secs: &str, length: usize, between_pings: Duration) {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).daemon(&format!("exec head -c {ALL} /dev/zero"));
+    let setup = Setup::new(&issuer).set("KEEPALIVE_SECS", keepalive_secs);
+    let setup = setup.daemon(&format!("exec head -c {length} /dev/zero"));
     let relay = setup.start();
     let before = relay.at_rest();
     let stream = relay.tcp();
-    sockopt::set_socket_recv_buffer_size(&stream, 16 << 10).unwrap();
-    let (mut client, mut length) = (open(stream, &issuer.token()).unwrap(), 0);
+    sockopt::set_socket_recv_buffer_size(&stream, 64 << 10).unwrap();
+    let (mut client, mut read) = (open(stream, &issuer.token()).unwrap(), 0);
+    let mut last_ping = Instant::now();
     let (code, reason) = loop {
         match client.0.read() {
             Ok(Message::Binary(bytes)) => {
-                length += bytes.len();
-                // 200 KiB/s.
-                thread::sleep(Duration::from_secs(1) * bytes.len() as u32 / (200 << 10));
-                let _ = client.0.get_mut().write_all(&frame(0x89, b"ping"));
+                read += bytes.len();
+                thread::sleep(Duration::from_secs(1) * bytes.len() as u32 / (400 << 10));
+                if last_ping.elapsed() >= between_pings {
+                    last_ping = Instant::now();
+                    let _ = client.0.get_mut().write_all(&frame(0x89, b"ping"));
+                }
             }
             Ok(Message::Close(close)) => {
                 let close = close.unwrap();
                 break (u16::from(close.code), close.reason.to_string());
             }
             Ok(_) => {}
-            Err(e) => panic!("{e} after {length} bytes"),
+            Err(e) => panic!("{e} after {read} bytes"),
         }
     };
-    assert_eq!((length, code, reason.as_str()), (ALL, 1000, ""));
+    assert_eq!((read, code, reason.as_str()), (length, 1000, ""));
     client.close();
     relay.back_to(before);
+}
+
+/// What a client sends all the time must not make the end of the connection come before the output.
+#[test]
+fn all_output_comes_however_slowly_it_is_read() {
+    all_output_comes_slowly("30", 2_600_000, Duration::ZERO);
+}
+
+/// That it takes something is sign of life enough, while it has something to take.
+#[test]
+fn all_output_comes_to_a_client_that_says_nothing() {
+    all_output_comes_slowly("1", 6_000_000, Duration::MAX);
+}
+
+/// Nor is it in a hurry because it said nothing for a while.
+#[test]
+fn all_output_comes_to_a_client_that_says_little() {
+    all_output_comes_slowly("1", 2_600_000, Duration::from_secs(5));
+}
+
+/// Without keepalives, no silence is too long.
+#[test]
+fn all_output_comes_without_keepalives() {
+    all_output_comes_slowly("0", 2_600_000, Duration::from_secs(3));
 }
 
 #[test]
