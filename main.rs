@@ -1692,7 +1692,7 @@ mod policy {
 /// child is reaped and its process group gone.
 mod session {
     use crate::config::Config;
-    use crate::copy::{End, KEEPALIVES, Keepalive, Link, Patience, Pipes, Wire};
+    use crate::copy::{End, Keepalive, Link, Patience, Pipes, Wire};
     use crate::http::Answer;
     use crate::metrics::{self, Reason};
     use crate::poll::{self, Event};
@@ -1805,13 +1805,7 @@ mod session {
         })?;
 
         let ending = Ending::of(link.end());
-        let patience = Patience {
-            silence: match config.server.keepalive_secs {
-                0 => deadline.saturating_duration_since(Instant::now()),
-                keepalive => secs(keepalive) * KEEPALIVES,
-            },
-            deadline,
-        };
+        let patience = Patience::new(config.server.keepalive_secs, deadline);
         let (fate, detail) = end_both_sides(&link, &ending, daemon, number, &patience);
         metrics::SESSIONS_ACTIVE.sub(1);
         metrics::add_session(ending.reason, start.elapsed());
@@ -2984,7 +2978,7 @@ mod copy {
     /// Close.
     const MAX_REASON_BYTES: usize = 123;
     /// So many keepalive intervals without a sign of life, and the peer counts as gone.
-    pub const KEEPALIVES: u32 = 3;
+    const KEEPALIVES: u32 = 3;
     /// The peer has so long to take a Close.
     const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
     /// poll(2) speaks of room in a socket when a third of its buffer is free. A slow peer makes
@@ -3023,6 +3017,15 @@ mod copy {
     }
 
     impl Patience {
+        /// With a peer that has these keepalives; 0 means that no silence is too long.
+        pub fn new(keepalive_secs: u32, deadline: Instant) -> Patience {
+            let silence = match keepalive_secs {
+                0 => deadline.saturating_duration_since(Instant::now()),
+                keepalive => util::secs(keepalive) * KEEPALIVES,
+            };
+            Patience { silence, deadline }
+        }
+
         /// For a peer that has nothing to take but a Close.
         pub fn short() -> Patience {
             Patience {
@@ -3976,12 +3979,14 @@ mod config {
 /// but the counters.
 mod metrics {
     use log::warn;
+    use std::error::Error;
     use std::fmt::{Display, Write};
     use std::net::TcpListener;
+    use std::panic::{self, AssertUnwindSafe};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+    use std::thread;
     use std::time::Duration;
-    use std::{panic, thread};
     use tiny_http::{Header, Method, Request, Response, Server};
 
     /// A number that several threads change. A gauge may go down, a counter does not.
@@ -4205,7 +4210,7 @@ mod metrics {
 
     /// Serves `/metrics` and `/healthz`, for ever. tiny_http's own thread ends with the first
     /// accept(2) that fails, and panics where there are no descriptors or threads, which nobody
-    /// is told; the server is then made anew.
+    /// is told; nor can a server begin without a thread. It is then made anew.
     pub fn serve(listener: &TcpListener, is_draining: impl Fn() -> bool) {
         limit_silence(listener);
         let panicked = Arc::new(AtomicBool::new(false));
@@ -4216,24 +4221,26 @@ mod metrics {
         }));
 
         loop {
-            let server = listener
-                .try_clone()
-                .map_err(Into::into)
-                .and_then(|listener| Server::from_listener(listener, None));
-            match server {
-                Ok(server) => {
-                    while !panicked.swap(false, Relaxed) {
-                        match server.recv_timeout(LIVENESS_CHECK) {
-                            Ok(Some(request)) => answer(request, is_draining()),
-                            Ok(None) => {}
-                            Err(_) => break,
-                        }
-                    }
-                }
-                Err(e) => warn!("cannot serve metrics error={e:?}"),
+            let serving = || serve_until_broken(listener, &panicked, &is_draining);
+            if let Ok(Err(e)) = panic::catch_unwind(AssertUnwindSafe(serving)) {
+                warn!("cannot serve metrics error={e:?}");
             }
             thread::sleep(SCARCITY_PAUSE);
         }
+    }
+
+    fn serve_until_broken(
+        listener: &TcpListener,
+        panicked: &AtomicBool,
+        is_draining: &impl Fn() -> bool,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let server = Server::from_listener(listener.try_clone()?, None)?;
+        while !panicked.swap(false, Relaxed) {
+            if let Some(request) = server.recv_timeout(LIVENESS_CHECK)? {
+                answer(request, is_draining());
+            }
+        }
+        Ok(())
     }
 
     /// tiny_http waits for ever for a scraper that vanishes. Its sockets have these from the

@@ -6,7 +6,6 @@ pkgs: [
   pkgs.curl
   pkgs.haproxy
   pkgs.iproute2
-  pkgs.jq
   pkgs.nginx
   pkgs.nix
   pkgs.openssl

@@ -285,6 +285,28 @@ fn a_moment_without_descriptors() {
     }
 }
 
+/// Nor is there one for the listener to begin anew with.
+#[test]
+fn a_moment_without_threads() {
+    let (issuer, dir) = (Issuer::start(), Dir::new());
+    let relay = crate::scarcity::with_few_threads(setup(&issuer), &dir).start();
+    let (before, admin) = (relay.at_rest(), relay.admin());
+    relay.limit("--nproc=1:24");
+    let mut silent = Vec::new();
+    eventually("a thread is missing", LIMIT, || {
+        silent.push(tcp(admin));
+        relay.log.text().contains(" panicked at ")
+    });
+    relay.log.wait("thread 'admin' ");
+    drop(silent);
+    relay.limit("--nproc=24:24");
+    for _ in 0..10 {
+        let answer = get(admin, "/healthz");
+        assert!(answer.ends_with("\r\n\r\nok\n"), "{answer}");
+    }
+    relay.back_to(before);
+}
+
 #[test]
 fn draining() {
     let issuer = Issuer::start();

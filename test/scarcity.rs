@@ -3,6 +3,7 @@
 
 use crate::support::*;
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::thread;
 
 /// With a good token; the answer, if it is not 101.
@@ -53,16 +54,22 @@ fn descriptors() {
 }
 
 /// As a user of its own, since the limit is the user's, and root has none.
+pub fn with_few_threads(setup: Setup, dir: &Dir) -> Setup {
+    static NUMBER: AtomicU32 = AtomicU32::new(1);
+    // Another for each relay; no process has an id of over 22 bits.
+    let user = (NUMBER.fetch_add(1, Relaxed) << 22) + std::process::id();
+    let copy = dir.path("relay");
+    let copy = copy.to_str().unwrap();
+    setup.under(&format!(
+        "install -m 755 \"$0\" {copy}
+         exec setpriv --reuid={user} --clear-groups prlimit --nproc=24 {copy}"
+    ))
+}
+
 #[test]
 fn threads_and_processes() {
     let (issuer, dir) = (Issuer::start(), Dir::new());
-    let (copy, user) = (dir.path("relay"), 0x10000 + std::process::id());
-    let copy = copy.to_str().unwrap();
-    let limited = format!(
-        "install -m 755 \"$0\" {copy}
-         exec setpriv --reuid={user} --clear-groups prlimit --nproc=24 {copy}"
-    );
-    let relay = Setup::new(&issuer).under(&limited).start();
+    let relay = with_few_threads(Setup::new(&issuer), &dir).start();
     survives(&relay, &issuer, "the relay is busy; try again later: ");
 }
 

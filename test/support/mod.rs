@@ -8,7 +8,7 @@ pub use serde_json::json;
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -291,6 +291,16 @@ impl Relay {
 
     pub fn signal(&self, name: &str) {
         signal(name, self.child.id());
+    }
+
+    /// Changes one of its limits, by an option of prlimit(1), as the user that it runs as.
+    pub fn limit(&self, option: &str) {
+        let id = self.child.id().to_string();
+        let user = fs::metadata(format!("/proc/{id}")).unwrap().uid();
+        let mut command = Command::new("setpriv");
+        command.args([&format!("--reuid={user}"), "--clear-groups"]);
+        command.args(["prlimit", "--pid", &id, option]);
+        assert!(command.status().unwrap().success());
     }
 
     /// Waits for the process to end.

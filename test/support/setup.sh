@@ -62,6 +62,6 @@ need_nix() {
 need_client_sh() {
   # No release of Debian has websocat. Building it takes OpenSSL.
   has websocat || set -- pkg-config=pkg-config OpenSSL=libssl-dev "$@"
-  need_nix curl=curl jq=jq "$@"
+  need_nix curl=curl "$@"
   need_crate websocat@1.14.1 2
 }
