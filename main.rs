@@ -1036,6 +1036,7 @@ mod oidc {
     use std::collections::{BTreeMap, HashSet};
     use std::fs::{self, Metadata};
     use std::os::unix::fs::MetadataExt;
+    use std::panic::{self, AssertUnwindSafe};
     use std::path::{Path, PathBuf};
     use std::sync::{Arc, Condvar, Mutex, PoisonError};
     use std::time::{Duration, Instant, SystemTime};
@@ -1444,7 +1445,10 @@ mod oidc {
                 drop(cache);
 
                 let begun = Instant::now();
-                let fetched = self.fetch_jwks();
+                // ureq panics where it has no thread to look up a name.
+                let fetching = AssertUnwindSafe(|| self.fetch_jwks());
+                let fetched = panic::catch_unwind(fetching)
+                    .unwrap_or_else(|_| Err("the fetch panicked, for want of a thread".into()));
 
                 let mut cache = lock(&self.cache);
                 cache.busy = false;

@@ -73,6 +73,20 @@ fn threads_and_processes() {
     survives(&relay, &issuer, "the relay is busy; try again later: ");
 }
 
+/// A fetch takes one, for the name of the issuer's host.
+#[test]
+fn threads_for_a_fetch() {
+    let (issuer, dir) = (Issuer::start(), Dir::new());
+    let setup = Setup::new(&issuer).set("JWKS_CACHE_TTL_SECS", "1");
+    let relay = with_few_threads(setup, &dir).start();
+    relay.log.wait("fetched keys ");
+    relay.limit("--nproc=1:24");
+    relay.log.wait("could not fetch keys ");
+    relay.limit("--nproc=24:24");
+    relay.log.take();
+    relay.log.wait("fetched keys ");
+}
+
 /// Nobody reads the log any more once it has said where the relay listens.
 #[test]
 fn a_log_without_a_reader() {
