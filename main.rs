@@ -2160,6 +2160,7 @@ mod client {
     use jwt_simple::{prelude::Base64, reexports::ct_codecs::Encoder};
     use rustix::event::{PollFd, PollFlags};
     use rustix::io::{FdFlags, fcntl_setfd, ioctl_fionbio};
+    use rustix::pipe::fcntl_setpipe_size;
     use rustls::pki_types::{CertificateDer, ServerName};
     use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore};
     use std::collections::BTreeMap;
@@ -2193,6 +2194,8 @@ mod client {
     /// Between attempts; doubled each time, up to the longest.
     const FIRST_PAUSE: Duration = Duration::from_millis(500);
     const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+    /// For each of Nix's two pipes. In less, it and we would often wait for each other.
+    const PIPE_BYTES: usize = 512 << 10;
     /// Of an answer's head, and of its body.
     const MAX_HEADERS: usize = 128;
     const MAX_ANSWER_BYTES: usize = 64 << 10;
@@ -2326,8 +2329,11 @@ mod client {
             sink: stdout.as_fd(),
         };
 
-        ioctl_fionbio(pipes.source, true)?;
-        ioctl_fionbio(pipes.sink, true)?;
+        for pipe in [pipes.source, pipes.sink] {
+            ioctl_fionbio(pipe, true)?;
+            // May be refused to an unprivileged user.
+            let _ = fcntl_setpipe_size(pipe, PIPE_BYTES);
+        }
         link.run(&[], session.rest, &pipes, || {
             while link.end().is_none() {
                 let until = keepalive.check(&link);

@@ -288,6 +288,8 @@ in
             in
             ''
               proxy_set_header X-Forwarded-For $remote_addr;
+              proxy_buffer_size 64k;
+              proxy_buffers 8 64k;
               proxy_read_timeout ${seconds}s;
               proxy_send_timeout ${seconds}s;
               send_timeout ${seconds}s;

@@ -134,6 +134,7 @@ let
   timeouts =
     seconds:
     "proxy_set_header X-Forwarded-For $remote_addr;\n"
+    + "proxy_buffer_size 64k;\nproxy_buffers 8 64k;\n"
     + "proxy_read_timeout ${seconds}s;\nproxy_send_timeout ${seconds}s;\nsend_timeout ${seconds}s;\n";
   rule = {
     name = "main";
