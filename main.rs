@@ -3021,25 +3021,28 @@ mod copy {
 
     /// How long to wait for a peer to take what is on its way.
     pub struct Patience {
-        /// Without anything from it.
-        pub silence: Duration,
+        /// While it takes nothing.
+        pub standstill: Duration,
         pub deadline: Instant,
     }
 
     impl Patience {
-        /// With a peer that has these keepalives; 0 means that no silence is too long.
+        /// With a peer that has these keepalives; without any (0), it is never too long.
         pub fn new(keepalive_secs: u32, deadline: Instant) -> Patience {
-            let silence = match keepalive_secs {
+            let standstill = match keepalive_secs {
                 0 => deadline.saturating_duration_since(Instant::now()),
                 keepalive => util::secs(keepalive) * KEEPALIVES,
             };
-            Patience { silence, deadline }
+            Patience {
+                standstill,
+                deadline,
+            }
         }
 
         /// For a peer that has nothing to take but a Close.
         pub fn short() -> Patience {
             Patience {
-                silence: CLOSE_TIMEOUT,
+                standstill: CLOSE_TIMEOUT,
                 deadline: Instant::now() + CLOSE_TIMEOUT,
             }
         }
@@ -3502,7 +3505,7 @@ mod copy {
         /// What it sends is read.
         fn drain(&self, patience: &Patience) {
             let mut socket = &*self.wire.socket;
-            let until = || patience.deadline.min(Instant::now() + patience.silence);
+            let until = || patience.deadline.min(Instant::now() + patience.standstill);
             let room_in = |size: usize, until| {
                 // The kernel doubles what it is told, and has a smallest size.
                 let _ = sockopt::set_socket_send_buffer_size(&self.wire.socket, size / 2);
@@ -3516,11 +3519,10 @@ mod copy {
             let mut limit = until();
             while !ready.intersects(BROKEN | PollFlags::OUT) && Instant::now() < limit {
                 ready = room_in(size, limit);
-                if ready.contains(PollFlags::IN) {
-                    if !socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0) {
-                        return;
-                    }
-                    limit = until();
+                let is_open = !ready.contains(PollFlags::IN)
+                    || socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0);
+                if !is_open {
+                    return;
                 }
                 if ready.contains(PollFlags::OUT) && size > SMALLEST_BUFFER {
                     size -= size / 16;

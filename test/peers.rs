@@ -1,6 +1,7 @@
 //! Clients that vanish, stop reading or stop writing, and daemons that stop reading.
 
 use crate::support::*;
+use rustix::net::sockopt;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
 use std::io::Write;
@@ -17,6 +18,7 @@ const DAEMON: &str = "read word
         echo) exec cat;;
         stuck) exec sleep 1000;;
         zeros) cat /dev/zero & cat >/dev/null; kill $!;;
+        some) exec head -c 2000000 /dev/zero;;
         count) read go <\"$1\"; wc -c;;
     esac";
 
@@ -144,6 +146,23 @@ fn one_that_sends_and_never_reads() {
     let message = frame(0x82, &[b'x'; 100_000]);
     let writer = thread::spawn(move || while socket.write_all(&message).is_ok() {});
     stage.client_goes(1);
+    writer.join().unwrap();
+    stage.nothing_is_left();
+}
+
+/// Nor does it keep its place when the daemon is gone already and all is in the kernel.
+#[test]
+fn one_that_sends_pings_and_does_not_read_the_end() {
+    let stage = stage();
+    let stream = stage.relay.tcp();
+    sockopt::set_socket_recv_buffer_size(&stream, 16 << 10).unwrap();
+    let mut client = open(stream, &stage.issuer.token()).unwrap();
+    client.send("some\n");
+    let mut socket = client.0.get_ref().try_clone().unwrap();
+    let pings = frame(0x89, &[b'x'; 125]).repeat(100);
+    let writer = thread::spawn(move || while socket.write_all(&pings).is_ok() {});
+    let line = stage.relay.log.wait("session ended session=1 ");
+    assert!(line.contains(" reason=daemon-exited "), "{line}");
     writer.join().unwrap();
     stage.nothing_is_left();
 }
