@@ -1,6 +1,6 @@
 //! nix-relay carries the Nix worker protocol from a WebSocket to a fresh `nix-daemon --stdio`,
-//! for whoever brings an OIDC token that the configuration lets in. The modules stand in the
-//! order in which a reader needs them, and each uses only those below it:
+//! for every caller whose OIDC token the configuration allows. The modules stand in the order in
+//! which a reader needs them, and each one uses only those below it:
 //!
 //! ```text
 //!  accept ─► http ─► oidc ─► policy ─► permit ─► session ─────────────► end
@@ -9,8 +9,8 @@
 //!            └── an answer of one line where a step says no ──┘
 //! ```
 //!
-//! Each connection has a thread; each session has two more, which copy. `nix-relay --stdio` is the
-//! other end: what an unchanged nix runs in place of ssh.
+//! Each connection has a thread, and each session has two more, which copy. `nix-relay --stdio`
+//! is the client: an unchanged nix runs it in place of ssh.
 #![forbid(unsafe_code)]
 
 use config::Config;
@@ -37,8 +37,8 @@ Carries the Nix worker protocol from a WebSocket to nix-daemon, for callers with
   --version  print the version, and exit
 ";
 
-/// After the grace, for the sessions to end: as long as `session`'s termination steps take, and
-/// a little.
+/// How long sessions may take to end after the grace: as long as `session`'s termination steps,
+/// and a little more.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(19);
 
 fn main() -> ExitCode {
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         ["--help"] => print(USAGE),
         ["--version"] => print(concat!("nix-relay ", env!("CARGO_PKG_VERSION"), "\n")),
         ["--stdio"] => client::run(),
-        // What Nix passes for a store of ssh://.
+        // Nix passes this for a store of ssh://.
         ["--serve", ..] => fail(1, client::WRONG_STORE),
         ["--check"] => check(config_path(None)),
         ["--check", path] | [path, "--check"] if !path.starts_with('-') => {
@@ -78,14 +78,14 @@ fn fail(status: u8, text: &str) -> ExitCode {
     ExitCode::from(status)
 }
 
-/// The file of the argument, or else of the variable, if that is not empty.
+/// The file named by the argument, or else by the variable, if that is not empty.
 fn config_path(argument: Option<&OsString>) -> Option<PathBuf> {
     let variable = env::var_os("NIX_RELAY_CONFIG").filter(|path| !path.is_empty());
     argument.cloned().or(variable).map(PathBuf::from)
 }
 
-/// `nix-relay --check`. It neither listens nor asks an issuer nor opens a file of keys, so that
-/// it can run elsewhere.
+/// `nix-relay --check`. It does not listen, ask an issuer or open a key file, so it also works
+/// on another machine than the relay's.
 fn check(path: Option<PathBuf>) -> ExitCode {
     let loaded = config::load(path.as_deref());
     match loaded.and_then(|(_, effective)| oidc::check_environment().map(|()| effective)) {
@@ -94,7 +94,7 @@ fn check(path: Option<PathBuf>) -> ExitCode {
     }
 }
 
-/// `nix-relay`, until it was told to stop and nobody is left, or their time is over.
+/// Runs the relay until it is told to stop and all sessions have ended or the grace is over.
 fn relay(path: Option<PathBuf>) -> ExitCode {
     let loaded = config::load(path.as_deref());
     let prepared = loaded.and_then(|(config, _)| Ok((oidc::Issuers::new(&config)?, config)));
@@ -113,8 +113,8 @@ fn relay(path: Option<PathBuf>) -> ExitCode {
     }
 }
 
-/// Has env_logger write to standard error. The journal knows the time, and wants to be told the
-/// priority instead (systemd.exec(5), sd-daemon(3)).
+/// Makes env_logger write to standard error. The journal adds the time itself, and takes the
+/// priority from the line (systemd.exec(5), sd-daemon(3)).
 fn start_log() {
     let environment = env_logger::Env::default().default_filter_or("info");
     let mut logger = env_logger::Builder::from_env(environment);
@@ -135,7 +135,8 @@ fn start_log() {
     logger.init();
 }
 
-/// Until it was told to stop and nobody is left, or their time is over. Fails if it cannot start.
+/// Runs until the relay is told to stop and all sessions have ended or the grace is over. Fails
+/// if it cannot start.
 fn serve(config: Config, issuers: oidc::Issuers) -> io::Result<()> {
     if std::process::id() == 1 {
         warn!("running as PID 1, which does not reap orphans: start the container with --init");
@@ -208,10 +209,10 @@ fn start(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<()> {
         .map(drop)
 }
 
-/// The states of a connection, each with a limit in time and in number, from its first byte to a
-/// session or a refusal. Promises that whoever is in a later state takes no place from those
-/// whose request is being read, that a permit goes back whatever happens, and that nothing ends
-/// the accept loop.
+/// The states of a connection, from its first byte to a session or a refusal, each with a limit
+/// in time and in number. Promises that a connection in a later state takes no place from those
+/// whose request is being read, that a permit is always given back, and that nothing ends the
+/// accept loop.
 ///
 /// | state | limit in time | limit in number; beyond it |
 /// | --- | --- | --- |
@@ -240,11 +241,11 @@ mod connection {
 
     const MAX_LOBBY: usize = 256;
     const MAX_QUEUE: usize = 64;
-    /// For an answer to be sent, which any socket has room for.
+    /// How long sending an answer may take. Any socket has room for one.
     const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-    /// For the client to hear it.
+    /// How long a client may take to read its answer.
     const LINGER: Duration = Duration::from_secs(1);
-    /// Before another try when descriptors, threads or places have run out.
+    /// How long to wait before trying again when descriptors, threads or places have run out.
     const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
 
     /// What every connection needs.
@@ -253,15 +254,15 @@ mod connection {
         pub issuers: Issuers,
         lobby: Lobby,
         permits: Mutex<Permits>,
-        /// How many there are, in all states.
+        /// How many connections there are, in all states.
         connections: Mutex<u32>,
-        /// One has left, or the relay is not to wait any longer.
+        /// Notified when a connection has ended, or when waiting for that is to stop.
         left: Condvar,
         /// The number of the latest session.
         sessions: AtomicU64,
-        /// Nobody is let in any more.
+        /// Set when no new session may start.
         pub draining: Event,
-        /// The sessions are to end.
+        /// Set when the sessions must end.
         pub closing: Event,
     }
 
@@ -281,8 +282,8 @@ mod connection {
             })
         }
 
-        /// To be called for each SIGTERM or SIGINT: the first lets nobody in any more, the second
-        /// ends the sessions.
+        /// To be called for each SIGTERM or SIGINT. The first one stops new sessions, the second
+        /// one ends those that run.
         pub fn stop(&self) {
             if self.draining.is_set() {
                 self.close_sessions();
@@ -292,13 +293,14 @@ mod connection {
 
         pub fn close_sessions(&self) {
             self.closing.set();
-            // Whoever is about to wait holds this, and would miss it.
+            // A thread that is about to wait holds this lock; without it, it would miss the
+            // notification.
             let _connections = lock(&self.connections);
             self.left.notify_all();
         }
 
-        /// Waits until no connection is left; or until the sessions are to end, if they are not
-        /// yet; or for as long as `limit`. Says how many are left.
+        /// Waits until no connection is left, or until the sessions must end (if they need not
+        /// yet), but at most for `limit`. Returns how many connections are left.
         pub fn wait_until_idle(&self, limit: Duration) -> u32 {
             let is_closing = self.closing.is_set();
             let waits = |left: &mut u32| *left > 0 && self.closing.is_set() == is_closing;
@@ -309,8 +311,9 @@ mod connection {
         }
     }
 
-    /// Hands every connection to a thread of its own. Never returns, but for a listener that was
-    /// passed: once draining, connections wait in it for the next relay, and none is refused.
+    /// Hands every connection to a thread of its own. Never returns, except with a listener that
+    /// was passed to us: while we drain, new connections wait in it for the next relay, and none
+    /// is refused.
     pub fn accept(relay: &Arc<Relay>, listener: &TcpListener, is_passed: bool) {
         let mut number = 0;
         loop {
@@ -374,7 +377,7 @@ mod connection {
     struct Connection {
         relay: Arc<Relay>,
         socket: Arc<TcpStream>,
-        /// For the log: its address, and what a proxy says of it.
+        /// For the log: the client's address, and what a proxy says about it.
         peer: String,
         number: u64,
         in_lobby: bool,
@@ -389,7 +392,7 @@ mod connection {
     }
 
     impl Connection {
-        /// From the first byte to the last.
+        /// Serves the connection from its first byte to its last.
         fn serve(mut self) {
             let timeout = secs(self.relay.config.server.handshake_timeout_secs);
             let head = Head::read(&self.socket, Instant::now() + timeout);
@@ -460,7 +463,7 @@ mod connection {
             served.map_err(|e| busy().because(e))
         }
 
-        /// None: the client has left.
+        /// Returns None if the client has left.
         fn wait_for_permit(&self, rule: usize) -> Result<Option<Permit>, Answer> {
             let relay = &self.relay;
             if relay.draining.is_set() {
@@ -474,7 +477,7 @@ mod connection {
             let has_left = self.wait_for_turn(&turn);
 
             let granted = !lock(&relay.permits).leave_queue(&turn);
-            // If it is of no use, it goes back at once.
+            // A permit that came too late goes back at once.
             let permit = granted.then(|| Permit::new(relay, rule));
             if has_left {
                 Ok(None)
@@ -485,8 +488,8 @@ mod connection {
             }
         }
 
-        /// At most until the time in the queue is over, or nobody is let in any more. True: the
-        /// client has left.
+        /// Waits until it is our turn, the time in the queue is over, or the relay drains.
+        /// Returns true if the client has left.
         fn wait_for_turn(&self, turn: &Event) -> bool {
             let until = Instant::now() + secs(self.relay.config.daemon.queue_timeout_secs);
             let draining = &self.relay.draining;
@@ -508,13 +511,13 @@ mod connection {
             }
         }
 
-        /// Sends anything but 101, with a line for the log.
+        /// Sends an answer other than 101, and logs it.
         fn refuse(&mut self, answer: &Answer, with_body: bool) {
             log_refusal(&self.peer, answer);
             self.send(answer, with_body);
         }
 
-        /// Sends an answer, and waits for the client to hear it where there is a place for that.
+        /// Sends an answer. If there is a place for it, waits until the client has read it.
         fn send(&mut self, answer: &Answer, with_body: bool) {
             let sent = answer.send(&self.socket, with_body);
             self.in_lobby = self
@@ -531,7 +534,7 @@ mod connection {
         Answer::new(503, RETRY, "all sessions are in use; try again later")
     }
 
-    /// Those whose request is read or verified, and those who hear a refusal.
+    /// The connections whose request is being read or verified, and those that are being refused.
     #[derive(Default)]
     struct Lobby {
         places: Mutex<Places>,
@@ -541,19 +544,19 @@ mod connection {
     #[derive(Default)]
     struct Places {
         taken: usize,
-        /// Those of them for whose bytes, or whose end, we wait, by number.
+        /// The connections among them whose next bytes, or whose end, we wait for, by number.
         waited_for: BTreeMap<u64, Arc<TcpStream>>,
     }
 
     impl Lobby {
-        /// Waits for a place. Where there is none, the connection that we have waited for
-        /// longest must go, so that silent clients keep nobody out; those that are being
-        /// verified take a moment.
+        /// Waits for a place. If there is none, the connection that has been waited for longest
+        /// must go, so that silent clients keep nobody out. Connections that are being verified
+        /// leave in a moment.
         fn enter(&self, number: u64, socket: &Arc<TcpStream>) {
             let mut places = lock(&self.places);
             while places.taken >= MAX_LOBBY {
                 if let Some((_, longest)) = places.waited_for.pop_first() {
-                    // Its thread reads the end of the connection, answers, and leaves.
+                    // Its thread then reads end of file, answers, and leaves.
                     let _ = longest.shutdown(Shutdown::Read);
                 }
                 let waited = self.left.wait_timeout(places, SCARCITY_PAUSE);
@@ -563,13 +566,13 @@ mod connection {
             places.waited_for.insert(number, socket.clone());
         }
 
-        /// Its head is here. False if it had to go.
+        /// To be called when the head has been read. Returns false if the connection had to go.
         fn stop_waiting(&self, number: u64) -> bool {
             lock(&self.places).waited_for.remove(&number).is_some()
         }
 
-        /// It has an answer, and is to hear it. Says whether there is a place: `has_place`, its
-        /// own or another.
+        /// Waits for a client to read its answer. Returns whether there is a place for that: the
+        /// one it has (`has_place`), or a new one.
         fn wait_again(&self, number: u64, socket: &Arc<TcpStream>, has_place: bool) -> bool {
             let mut places = lock(&self.places);
             if !has_place {
@@ -590,8 +593,8 @@ mod connection {
         }
     }
 
-    /// A counting semaphore, with a limit for all and one for each rule that has its own.
-    /// Whoever waits is woken alone, when it is its turn.
+    /// A counting semaphore with a limit for everybody, and one for each rule that sets its own.
+    /// Each permit that is given back wakes one waiter at most.
     struct Permits {
         free: u32,
         /// For each rule, if it has a limit.
@@ -624,9 +627,10 @@ mod connection {
             true
         }
 
-        /// True: taken. False: `turn` is set when it is. Fails if too many wait.
+        /// Returns true if a permit was taken, and false if the caller must wait until `turn` is
+        /// set. Fails if too many wait already.
         fn take_or_queue(&mut self, rule: usize, turn: &Arc<Event>) -> Result<bool, Answer> {
-            // Whoever waits could not take one either, or would have it.
+            // This overtakes nobody: a waiter who could have this permit would have it already.
             if self.take(rule) {
                 return Ok(true);
             }
@@ -645,7 +649,7 @@ mod connection {
             Ok(false)
         }
 
-        /// False if it was its turn already.
+        /// Returns false if it was the caller's turn already.
         fn leave_queue(&mut self, turn: &Arc<Event>) -> bool {
             let length = self.queue.len();
             self.queue
@@ -669,14 +673,14 @@ mod connection {
         }
     }
 
-    /// Leave to have a session. It gives itself back.
+    /// The right to one session. It is given back when dropped.
     struct Permit {
         relay: Arc<Relay>,
         rule: usize,
     }
 
     impl Permit {
-        /// For one that was taken.
+        /// For a permit that was taken.
         fn new(relay: &Arc<Relay>, rule: usize) -> Permit {
             Permit {
                 relay: relay.clone(),
@@ -692,9 +696,10 @@ mod connection {
     }
 }
 
-/// A request head in, a status out; nothing else of HTTP (RFC 9110, RFC 9112, RFC 6455 section
-/// 4). Reads and writes the client's socket. Promises that every wait ends by a deadline, that a
-/// head is never longer than 16 KiB, and that an answer is one line, whatever the client sent.
+/// Reads a request head and writes a status; nothing else of HTTP (RFC 9110, RFC 9112, RFC 6455
+/// section 4). Reads and writes the client's socket. Promises that every wait has a deadline,
+/// that a head is never longer than 16 KiB, and that an answer is one line, whatever the client
+/// sent.
 mod http {
     use crate::poll;
     use crate::util::quoted;
@@ -706,14 +711,14 @@ mod http {
     use tungstenite::handshake::derive_accept_key;
     use tungstenite::http::{HeaderMap, Request, StatusCode, Version, header};
 
-    /// So no token is longer, either.
+    /// This limits the length of a token, too.
     const MAX_HEAD_BYTES: usize = 16 << 10;
     const MAX_HEADERS: usize = 100;
-    /// Of what proxies appended to X-Forwarded-For, in the log.
+    /// The part of X-Forwarded-For that is logged.
     const MAX_FORWARDED_CHARS: usize = 200;
-    /// What a connection begins with that speaks the PROXY protocol, version 1 or 2.
+    /// The first bytes of the PROXY protocol, versions 1 and 2.
     const PROXY_HEADERS: [&[u8]; 2] = [b"PROXY ", b"\r\n\r\n\0\r\nQUIT\n"];
-    /// And TLS: a record that holds a handshake.
+    /// The first byte of TLS: a record that holds a handshake.
     const TLS_HANDSHAKE: u8 = 0x16;
 
     type Headers = &'static [(&'static str, &'static str)];
@@ -725,7 +730,7 @@ mod http {
     pub const RETRY: Headers = &[("Retry-After", "5")];
     const UPGRADE: Headers = &[("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")];
 
-    /// Any answer but 101: a status, and one line that says what is wrong and what would mend it.
+    /// Any answer but 101: a status, and one line that says what is wrong and how to mend it.
     pub struct Answer {
         pub status: u16,
         pub line: String,
@@ -753,7 +758,7 @@ mod http {
             }
         }
 
-        /// With something that only the log is told.
+        /// Adds a cause that is logged, but not sent.
         pub fn because(self, cause: impl Display) -> Answer {
             Answer {
                 cause: format!(": {cause}"),
@@ -761,7 +766,7 @@ mod http {
             }
         }
 
-        /// Sends it. The connection ends with it.
+        /// Sends the answer, which is the last one on its connection.
         pub fn send(&self, mut socket: &TcpStream, with_body: bool) -> io::Result<()> {
             let status = StatusCode::from_u16(self.status).map_err(io::Error::other)?;
             let date = httpdate::fmt_http_date(SystemTime::now());
@@ -787,14 +792,14 @@ mod http {
         }
     }
 
-    /// A request head, and what came behind it.
+    /// A request head, and the bytes that came after it.
     pub struct Head {
         pub request: Request<()>,
         pub rest: Vec<u8>,
     }
 
     impl Head {
-        /// None: the client left before it had sent a whole head.
+        /// Returns None if the client left before it had sent a whole head.
         pub fn read(mut socket: &TcpStream, deadline: Instant) -> Result<Option<Head>, Answer> {
             let mut bytes = vec![0; MAX_HEAD_BYTES];
             let mut length = 0;
@@ -823,8 +828,8 @@ mod http {
             ))
         }
 
-        /// None: it is not whole yet. tungstenite's own parser knows GET alone; others must hear
-        /// 405, and HEAD its answer.
+        /// Returns None if the head is not complete yet. tungstenite's own parser accepts
+        /// nothing but GET, and we must answer HEAD, and 405 to other methods.
         fn parse(bytes: &[u8]) -> Result<Option<Head>, Answer> {
             let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
             let mut parsed = httparse::Request::new(&mut headers);
@@ -857,7 +862,7 @@ mod http {
             }))
         }
 
-        /// RFC 9112, section 3.2: one Host, and none only before HTTP/1.1.
+        /// RFC 9112, section 3.2: exactly one Host; only HTTP/1.0 may go without.
         pub fn check_host(&self) -> Result<(), Answer> {
             match self.request.headers().get_all(header::HOST).iter().count() {
                 1 => Ok(()),
@@ -897,7 +902,7 @@ mod http {
             Ok(response.into_bytes())
         }
 
-        /// What a WebSocket upgrade has, and this request has not.
+        /// What this request lacks to be a WebSocket upgrade.
         fn missing_for_upgrade(&self) -> Option<&'static str> {
             let headers = self.request.headers();
             let has = |name, member: &str| {
@@ -933,14 +938,14 @@ mod http {
                 .map(|(_, what)| *what)
         }
 
-        /// The first value of this name, if there is one.
+        /// The first value of a header, or nothing if there is none.
         fn header(&self, name: header::HeaderName) -> &[u8] {
             let value = self.request.headers().get(name);
             value.map_or(&[], |value| value.as_bytes())
         }
 
-        /// What proxies say of where the request came from, as ` forwarded_for="…"` for the log.
-        /// They append, so its end is kept.
+        /// What proxies say about where the request came from, as ` forwarded_for="…"` for the
+        /// log. Proxies append, so we keep the end.
         pub fn forwarded_for(&self) -> String {
             let said: Vec<_> = self
                 .request
@@ -962,7 +967,7 @@ mod http {
             format!(" forwarded_for={}", quoted(&end))
         }
 
-        /// The token of `Authorization: Bearer` (RFC 6750), or of `Basic` as its password.
+        /// The token from `Authorization: Bearer` (RFC 6750), or from `Basic` as its password.
         pub fn token(&self) -> Result<String, Answer> {
             let mut all = self.request.headers().get_all(header::AUTHORIZATION).iter();
             let value = all
@@ -988,8 +993,8 @@ mod http {
         Answer::new(400, &[], line)
     }
 
-    /// What to say to bytes that are no request head: a proxy is often configured for something
-    /// else.
+    /// The answer to bytes that are not a request head. Proxies are often configured for another
+    /// protocol, so we name the likely ones.
     fn not_http(bytes: &[u8], error: impl Display) -> Answer {
         if PROXY_HEADERS.iter().any(|header| bytes.starts_with(header)) {
             bad_request("expected HTTP/1.1, not the PROXY protocol; turn it off in the proxy")
@@ -1002,14 +1007,15 @@ mod http {
         }
     }
 
-    /// The members of a comma-separated list, over all lines of its name (RFC 9110, section 5.6.1).
+    /// The members of a comma-separated list, across all header lines of that name (RFC 9110,
+    /// section 5.6.1).
     fn elements(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
         let lines = headers.get_all(name).into_iter();
         let members = lines.flat_map(|line| line.to_str().unwrap_or_default().split(','));
         members.map(|member| member.trim_matches([' ', '\t']))
     }
 
-    /// Of the credentials of `Basic` (RFC 7617).
+    /// The password from the credentials of `Basic` (RFC 7617).
     fn password(credentials: &str) -> Option<String> {
         let pair = Base64::decode_to_vec(credentials, None).ok()?;
         let pair = String::from_utf8(pair).ok()?;
@@ -1017,12 +1023,12 @@ mod http {
     }
 }
 
-/// Who is calling: a token and the keys of its issuer become verified claims. Talks to the
-/// issuers (OpenID Connect Discovery 1.0, RFC 7517), or reads their keys from files. Promises
-/// that an `Identity` exists only after signature, issuer, audience and times of its token were
-/// checked (RFC 7519, RFC 8725), that a token is compared with the keys of the issuer that it
-/// names alone, that whoever has a cached key never waits, and that a token goes nowhere from
-/// here, the log included.
+/// Who is calling: verifies a token with its issuer's keys, and returns its claims. Fetches keys
+/// from the issuers (OpenID Connect Discovery 1.0, RFC 7517), or reads them from files. Promises
+/// that an `Identity` exists only after the signature, issuer, audience and times of its token
+/// were checked (RFC 7519, RFC 8725), that a token is only checked with the keys of the issuer
+/// that it names, that a token whose key is cached never waits, and that this module never
+/// passes a token on, not even to the log.
 mod oidc {
     use crate::config::Config;
     use crate::http::{Answer, INVALID_TOKEN, RETRY};
@@ -1042,25 +1048,25 @@ mod oidc {
     use std::time::{Duration, Instant, SystemTime};
     use std::{fmt, io, thread};
 
-    /// How far the issuer's clock and ours may be apart.
+    /// How far the issuer's clock and ours may differ.
     const CLOCK_SKEW_SECS: u64 = 60;
-    /// For the discovery document and the key set together.
+    /// For fetching the discovery document and the key set together.
     const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
-    /// For a token that waits for a fetch, which may have begun before.
+    /// How long a token may wait for a fetch, which may have started earlier.
     const WAIT_TIMEOUT: Duration = Duration::from_secs(11);
-    /// Tokens that wait for one issuer's keys at once.
+    /// How many tokens may wait for the keys of one issuer.
     const MAX_WAITING: u32 = 64;
-    /// Keys that could not be fetched again for so long are believed no more.
+    /// Keys that could not be refreshed for this long are no longer trusted.
     const MAX_KEY_AGE: Duration = Duration::from_secs(24 * 3600);
-    /// Between fetches that tokens ask for, and after one that failed.
+    /// The least time between two fetches that tokens ask for, and after one that failed.
     const REFETCH_PAUSE: Duration = Duration::from_secs(30);
-    /// The same while there are no keys at all.
+    /// The same, as long as there are no keys at all.
     const FIRST_FETCH_PAUSE: Duration = Duration::from_secs(1);
 
     /// The claims of a token.
     pub type Claims = Map<String, Value>;
 
-    /// Who calls, as the issuer vouches for it.
+    /// A verified caller.
     pub struct Identity {
         pub issuer: String,
         pub audiences: Vec<String>,
@@ -1069,15 +1075,16 @@ mod oidc {
 
     type Verify = dyn Fn(&str, &VerificationOptions) -> Result<(), jwt_simple::Error> + Send + Sync;
 
-    /// A published key. It decides on the algorithm, never the token.
+    /// A published key. The key decides on the algorithm, never the token.
     struct Key {
         id: Option<String>,
-        /// One for each algorithm that it is good for: several if it is of RSA and does not say.
+        /// One for each algorithm that the key may be used with. An RSA key that does not say
+        /// has several.
         verifiers: Vec<Box<Verify>>,
     }
 
     impl Key {
-        /// None: its kind is unknown, it is too weak, or it is not for signatures.
+        /// Returns None if the key is of an unknown kind, too weak, or not for signatures.
         fn parse(jwk: &Value) -> Option<Key> {
             let text = jwk.to_string();
             let mut verifiers: Vec<Box<Verify>> = Vec::new();
@@ -1115,7 +1122,7 @@ mod oidc {
         }
     }
 
-    /// A token, as it claims to be; nothing of it is verified.
+    /// A token that has been parsed, but not verified.
     struct Token<'a> {
         text: &'a str,
         key_id: Option<String>,
@@ -1131,7 +1138,7 @@ mod oidc {
             if header.contains_key("crit") {
                 return Err("it has a critical extension, and this relay knows none".into());
             }
-            // jwt-simple would accept a token without one.
+            // jwt-simple would accept a token without it.
             if !claims.get("exp").is_some_and(Value::is_number) {
                 return Err("exp is missing or not a number".into());
             }
@@ -1144,7 +1151,7 @@ mod oidc {
         }
     }
 
-    /// The object that a part of a token holds.
+    /// The JSON object in one part of a token.
     fn object(part: &str) -> Option<Claims> {
         let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
         let mut reader = serde_json::Deserializer::from_slice(&json);
@@ -1152,8 +1159,9 @@ mod oidc {
         reader.end().is_ok().then_some(object)
     }
 
-    /// The members of a JSON object, which may be anybody's. A name that is there twice is
-    /// refused: others might read the first where we read the last (RFC 7519, section 4).
+    /// Reads the members of a JSON object that anybody may have written. A name that occurs
+    /// twice is refused, since other programs may read the first where we read the last (RFC
+    /// 7519, section 4).
     struct Members;
 
     impl<'de> Visitor<'de> for Members {
@@ -1174,12 +1182,12 @@ mod oidc {
         }
     }
 
-    /// Why a token is not verified, and so whether newer keys could change that.
+    /// Why a token was not accepted, which also says whether newer keys could help.
     enum Rejection {
         Final(String),
-        /// No key has its name, or there are no keys.
+        /// No key has the name that the token gives, or there are no keys.
         KeyUnknown,
-        /// Some issuers change a key and keep its name.
+        /// Newer keys could help: some issuers replace a key and keep its name.
         BadSignature(String),
     }
 
@@ -1191,12 +1199,12 @@ mod oidc {
         )
     }
 
-    /// All whose tokens count.
+    /// All issuers that are trusted.
     pub struct Issuers(Vec<Arc<Issuer>>);
 
     impl Issuers {
-        /// Those of all rules. Fails with a line if a file of keys, SSL_CERT_FILE or a proxy
-        /// cannot be used.
+        /// The issuers of all rules. Fails with a message if a key file, SSL_CERT_FILE or a
+        /// proxy cannot be used.
         pub fn new(config: &Config) -> Result<Issuers, String> {
             check_environment()?;
             let mut audiences = BTreeMap::<_, HashSet<_>>::new();
@@ -1219,7 +1227,8 @@ mod oidc {
             Ok(Issuers(issuers))
         }
 
-        /// Has the keys of each issuer fetched from now on; waits for none. Fails without threads.
+        /// Starts fetching the keys of each issuer, without waiting for any. Fails if there are
+        /// no threads.
         pub fn start(&self) -> io::Result<()> {
             for issuer in &self.0 {
                 if let Source::Web(ttl) = issuer.source {
@@ -1231,8 +1240,8 @@ mod oidc {
             Ok(())
         }
 
-        /// Answers 401 if the token does not verify, and 503 if its issuer's keys cannot be had,
-        /// or cannot be asked for again yet. Before it waits, it calls `before_wait`.
+        /// Answers 401 if the token does not verify, and 503 if the keys of its issuer are
+        /// unavailable or were asked for a moment ago. Calls `before_wait` before it waits.
         pub fn verify(&self, token: &str, before_wait: impl FnOnce()) -> Result<Identity, Answer> {
             let token = Token::parse(token).map_err(|why| invalid_token(&why))?;
             let named = token.claims.get("iss").and_then(Value::as_str);
@@ -1267,16 +1276,16 @@ mod oidc {
         }
     }
 
-    /// Fails with a line if SSL_CERT_FILE or a proxy's variable cannot be used.
+    /// Fails with a message if SSL_CERT_FILE or a proxy's variable cannot be used.
     pub fn check_environment() -> Result<(), String> {
         util::trusted_roots()?;
         util::proxy_from_env()?;
         Ok(())
     }
 
-    /// Where an issuer's keys come from.
+    /// Where the keys of an issuer come from.
     enum Source {
-        /// Its discovery document, as often as this says.
+        /// The issuer itself. Keys are fetched again after this time.
         Web(Duration),
         File(KeyFile),
     }
@@ -1286,24 +1295,24 @@ mod oidc {
         audiences: HashSet<String>,
         source: Source,
         cache: Mutex<Cache>,
-        /// The thread that fetches is to, and whoever waits for it can look.
+        /// `wanted` wakes the thread that fetches, `fetched` those who wait for it.
         wanted: Condvar,
         fetched: Condvar,
     }
 
     #[derive(Default)]
     struct Cache {
-        /// When they were fetched, and the keys.
+        /// The keys, and when they were fetched.
         keys: Option<(Instant, Arc<Vec<Key>>)>,
-        /// The last fetch that a token asked for, or that failed.
+        /// When a token last asked for a fetch, or a fetch last failed.
         last_attempt: Option<Instant>,
-        /// A fetch is wanted or goes on; by a token, or as it is time.
+        /// Whether a fetch is wanted or under way, and whether a token wants it.
         busy: bool,
         wanted_by_token: bool,
-        /// Fetches that have ended, and whether the last one worked.
+        /// How many fetches have ended, and whether the last one worked.
         ended: u64,
         worked: bool,
-        /// Tokens that wait for one.
+        /// How many tokens wait for a fetch.
         waiting: u32,
     }
 
@@ -1319,7 +1328,7 @@ mod oidc {
             }
         }
 
-        /// To be called for a token that was verified.
+        /// To be called for a token that has been verified.
         fn identity(&self, token: Token) -> Identity {
             let audiences = match token.claims.get("aud") {
                 Some(Value::Array(several)) => several.clone(),
@@ -1337,7 +1346,7 @@ mod oidc {
             }
         }
 
-        /// The keys as they are here, if they are not too old to be believed.
+        /// The cached keys, unless they are too old to be trusted.
         fn keys(&self) -> Option<Arc<Vec<Key>>> {
             match &self.source {
                 Source::File(file) => Some(file.keys()),
@@ -1349,7 +1358,7 @@ mod oidc {
             }
         }
 
-        /// Verifies a token with the keys that are here.
+        /// Verifies a token with the cached keys.
         fn check(&self, token: &Token) -> Result<(), Rejection> {
             let keys = self.keys().ok_or(Rejection::KeyUnknown)?;
             // OpenID Connect Core 1.0, section 10.1.
@@ -1376,8 +1385,8 @@ mod oidc {
                     return Ok(());
                 };
                 match e.downcast_ref() {
-                    // The verifiers for other algorithms say so; that must not hide the true
-                    // reason.
+                    // This comes from the verifiers for other algorithms, and must not hide the
+                    // real reason.
                     Some(JWTError::AlgorithmMismatch) => {}
                     Some(e @ JWTError::InvalidSignature) => {
                         rejection = Rejection::BadSignature(e.to_string())
@@ -1391,9 +1400,9 @@ mod oidc {
             Err(rejection)
         }
 
-        /// Has the keys fetched again for a token, and waits for that, or for a fetch that goes
-        /// on. Fails, with why, if that did not work, if too many wait, or if it was tried a
-        /// moment ago.
+        /// Has the keys fetched again for a token, and waits for that fetch or for one that is
+        /// under way. Fails with the reason if it did not work, if too many wait, or if it was
+        /// tried a moment ago.
         fn refresh(&self) -> Result<(), String> {
             if let Source::File(_) = self.source {
                 return Ok(());
@@ -1430,8 +1439,8 @@ mod oidc {
             }
         }
 
-        /// The only one who fetches: when the keys are too old, after a pause when that failed,
-        /// and when a token needs others.
+        /// Fetches the keys when they are too old, when a token needs new ones, and a while
+        /// after a failure. Nobody else fetches them.
         fn refresh_forever(&self, ttl: Duration) {
             let mut pause = Duration::ZERO;
             loop {
@@ -1445,7 +1454,7 @@ mod oidc {
                 drop(cache);
 
                 let begun = Instant::now();
-                // ureq panics where it has no thread to look up a name.
+                // ureq panics if it gets no thread to look up a name.
                 let fetching = AssertUnwindSafe(|| self.fetch_jwks());
                 let fetched = panic::catch_unwind(fetching)
                     .unwrap_or_else(|_| Err("the fetch panicked, for want of a thread".into()));
@@ -1455,7 +1464,7 @@ mod oidc {
                 cache.wanted_by_token = false;
                 cache.ended += 1;
                 cache.worked = fetched.is_ok();
-                // The first keys tell a token what there is; the next unknown one may still ask.
+                // The first fetch does not count: a token with an unknown key may ask for another.
                 if for_token && cache.keys.is_some() || fetched.is_err() {
                     cache.last_attempt = Some(Instant::now());
                 }
@@ -1476,7 +1485,8 @@ mod oidc {
             }
         }
 
-        /// Discovery document, then key set (OpenID Connect Discovery 1.0, sections 4.1 to 4.3).
+        /// Fetches the discovery document and then the key set (OpenID Connect Discovery 1.0,
+        /// sections 4.1 to 4.3).
         fn fetch_jwks(&self) -> Result<Vec<Key>, String> {
             let deadline = Instant::now() + FETCH_TIMEOUT;
             let url = self.url.trim_end_matches('/');
@@ -1504,11 +1514,11 @@ mod oidc {
         read: Mutex<(Option<Stamp>, Arc<Vec<Key>>)>,
     }
 
-    /// What is another if a file was written or replaced.
+    /// Changes when a file is written or replaced.
     type Stamp = (u64, u64, Option<SystemTime>);
 
     impl KeyFile {
-        /// Fails with a line if it cannot be used.
+        /// Fails with a message if the file cannot be used.
         fn open(path: &Path) -> Result<KeyFile, String> {
             let stamp = stamp(path);
             let keys = Arc::new(read_set(path)?);
@@ -1518,7 +1528,7 @@ mod oidc {
             })
         }
 
-        /// The keys of the file as it is now, or else as it was when it could be used.
+        /// The keys of the file as it is now, or if it cannot be used, those it had before.
         fn keys(&self) -> Arc<Vec<Key>> {
             let mut read = lock(&self.read);
             let now = stamp(&self.path);
@@ -1549,8 +1559,8 @@ mod oidc {
     }
 }
 
-/// May they: a verified identity against the rules. Pure: touches nothing. Promises that whoever
-/// matches nothing gets nothing.
+/// May the caller do this: checks a verified identity against the rules. Pure: it touches
+/// nothing else. Promises that a caller who matches no rule gets nothing.
 mod policy {
     use crate::config::Rule;
     use crate::http::Answer;
@@ -1558,7 +1568,7 @@ mod policy {
     use crate::util::quoted;
     use serde_json::Value;
 
-    /// Claims that tell an operator whose job it was, where a token has them.
+    /// Claims that tell an operator whose job it was. They are logged if the token has them.
     const LOGGED_CLAIMS: [&str; 8] = [
         "sub",
         "repository",
@@ -1570,18 +1580,18 @@ mod policy {
         "pipeline_id",
     ];
 
-    /// What a caller may have.
+    /// What a caller is allowed.
     pub struct Grant<'a> {
-        /// The index of the rule that lets it in.
+        /// The index of the rule that allows it.
         pub rule: usize,
-        /// For nix-daemon.
+        /// The arguments for nix-daemon.
         pub arguments: &'a [String],
-        /// For the log: `rule="…" sub="…" …`, every value escaped.
+        /// For the log: `rule="…" sub="…" …`, with every value escaped.
         pub description: String,
     }
 
-    /// What the first rule that matches grants. Answers 403 if none does, with what does not fit
-    /// the nearest one.
+    /// Returns what the first matching rule grants. Answers 403 if there is none, and says what
+    /// is wrong for the rule that comes nearest.
     pub fn authorize<'a>(rules: &'a [Rule], identity: &Identity) -> Result<Grant<'a>, Answer> {
         let mut nearest: Option<Vec<&str>> = None;
         for (index, rule) in rules.iter().enumerate() {
@@ -1630,14 +1640,14 @@ mod policy {
         description
     }
 
-    /// The claims that a rule binds to something else.
+    /// The claims that do not match what the rule binds them to.
     fn misfits<'a>(rule: &'a Rule, claims: &Claims) -> Vec<&'a str> {
         let bound = rule.bound_claims.iter();
         let misfits = bound.filter(|(name, patterns)| !fits(rule, patterns, claims.get(*name)));
         misfits.map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Whether one of the claim's values, or the only one, matches one of the patterns.
+    /// Whether the claim's value, or one of its values, matches one of the patterns.
     fn fits(rule: &Rule, patterns: &[String], claim: Option<&Value>) -> bool {
         let values = match claim {
             Some(Value::Array(several)) => several.as_slice(),
@@ -1654,7 +1664,7 @@ mod policy {
         })
     }
 
-    /// A string; a number or a boolean as JSON prints it; nothing else.
+    /// A string as it is, a number or a boolean as JSON prints it, and nothing else.
     fn text(value: &Value) -> Option<String> {
         match value {
             Value::String(text) => Some(text.clone()),
@@ -1663,10 +1673,10 @@ mod policy {
         }
     }
 
-    /// `**` stands for any run of characters, `*` for one without `/`, all else for itself.
+    /// `**` matches any characters, `*` any characters but `/`, and everything else only itself.
     fn matches(pattern: &str, text: &str) -> bool {
         let text = text.as_bytes();
-        // Whether the pattern so far matches so much of the text, for each length.
+        // For each length: whether the part of the pattern read so far matches so much of the text.
         let mut reached = vec![false; text.len() + 1];
         reached[0] = true;
 
@@ -1691,9 +1701,9 @@ mod policy {
     }
 }
 
-/// nix-daemon on one side, the WebSocket on the other, and how it ends. Owns the child. Promises
-/// that each session ends in one way, from which log and Close are made, and that by then the
-/// child is reaped and its process group gone.
+/// Connects nix-daemon and a WebSocket until one of them ends. Owns the child. Promises that
+/// each session has exactly one reason to end, which the log and the Close are made from, and
+/// that the child is reaped and its process group killed by then.
 mod session {
     use crate::config::Config;
     use crate::copy::{End, Keepalive, Link, Patience, Pipes, Wire};
@@ -1716,15 +1726,15 @@ mod session {
     use tungstenite::protocol::Role;
     use tungstenite::protocol::frame::coding::CloseCode;
 
-    /// For the input pipes of all sessions. An unprivileged user whose pipes hold more than 64
-    /// MiB is given tiny ones from then on (pipe(7)), and an output pipe is a quarter of an
-    /// input pipe, which gains less from more.
+    /// The total size of the input pipes of all sessions. An unprivileged user whose pipes
+    /// exceed 64 MiB gets only tiny ones from then on (pipe(7)). Output pipes are a quarter as
+    /// large, since they gain less.
     const PIPES_BYTES: u32 = 40 << 20;
     const SMALLEST_PIPE_LOG2: u32 = 18;
     const LARGEST_PIPE_LOG2: u32 = 20;
-    /// Of the child's standard error, in a line of the log. A longer one becomes several.
+    /// The longest line of the child's standard error in the log. A longer one is split.
     const MAX_LINE_BYTES: usize = 4 << 10;
-    /// What of our environment nix-daemon needs, and gets: names, and what others begin with.
+    /// The environment variables that nix-daemon gets, by their names and by prefixes of names.
     const KEPT_VARIABLES: [&str; 15] = [
         "PATH",
         "HOME",
@@ -1745,14 +1755,14 @@ mod session {
     const KEPT_PREFIXES: [&str; 4] = ["LC_", "XDG_", "GC_", "NIX_"];
     const OWN_PREFIX: &str = "NIX_RELAY_";
 
-    /// What a child hears whose session is over. Its standard input is closed by then: that
-    /// makes nix-daemon cancel its builds and let go of its locks.
+    /// How a child is ended when its session is over. Its standard input has been closed by
+    /// then, which makes nix-daemon cancel its builds and release its locks.
     struct TerminationStep {
         wait: Duration,
         then: Signal,
     }
 
-    /// The last one is repeated: only the kernel can delay what it does.
+    /// The last step is repeated: only the kernel can delay a SIGKILL.
     const TERMINATION_STEPS: [TerminationStep; 2] = [
         TerminationStep {
             wait: Duration::from_secs(10),
@@ -1764,19 +1774,19 @@ mod session {
         },
     ];
 
-    /// A session that is to begin.
+    /// A session that is about to start.
     pub struct Opening {
         pub number: u64,
         /// Who the client is, for the log.
         pub client: String,
         /// The 101.
         pub upgrade: Vec<u8>,
-        /// What came behind the request.
+        /// The bytes that came after the request head.
         pub rest: Vec<u8>,
     }
 
-    /// Carries bytes until the session is over; then ends both sides, and logs how that went.
-    /// Fails, with nothing sent, if there are no threads or descriptors.
+    /// Copies bytes until the session is over, ends both sides, and logs the result. Fails
+    /// before anything is sent if there are no threads or descriptors.
     pub fn run(
         config: &Config,
         opening: Opening,
@@ -1826,9 +1836,9 @@ mod session {
         Ok(())
     }
 
-    /// Closes the child's input and output, says why to the client if it can hear it, and sees
-    /// to it that the child ends. Returns how that ended, and the detail for the log. A child
-    /// that ended by itself comes first: how it did is what the client is told.
+    /// Closes the child's input and output, sends the client a Close if it can still receive
+    /// one, and makes sure that the child ends. Returns how the child ended, and the detail for
+    /// the log. If the child ended by itself, that comes first, because the Close says how.
     fn end_both_sides(
         link: &Link,
         ending: &Ending,
@@ -1859,7 +1869,7 @@ mod session {
             let reason = reason.unwrap_or("it gave no reason");
             (CloseCode::Error, format!("{}: {reason}", fate.description))
         };
-        // Much of the output may be on its way still, and a reset would overtake it.
+        // Much of the output may still be on its way, and a reset would overtake it.
         link.close(Some(code), &detail, patience);
         (fate, detail)
     }
@@ -1867,7 +1877,7 @@ mod session {
     /// How a session ended: for the log, the metrics and the client's Close.
     struct Ending {
         reason: Reason,
-        /// RFC 6455, section 7.4.1. None where the client named none, either.
+        /// RFC 6455, section 7.4.1. None if the client's own Close had no code.
         code: Option<CloseCode>,
         detail: String,
     }
@@ -1906,7 +1916,7 @@ mod session {
         }
     }
 
-    /// What the thread that owns the connection does while two others copy.
+    /// What the connection's own thread does while two other threads copy.
     struct Supervisor<'a> {
         number: u64,
         link: &'a Link,
@@ -1916,7 +1926,7 @@ mod session {
     }
 
     impl Supervisor<'_> {
-        /// Until the session is over.
+        /// Returns when the session is over.
         fn run(mut self, exited: &OwnedFd, process: &mut Process) {
             let mut is_running = true;
             while self.link.end().is_none() {
@@ -1935,7 +1945,7 @@ mod session {
                 }
                 if !exit.is_empty() {
                     is_running = false;
-                    // What it started and left behind could go on writing for ever.
+                    // Processes that it started and left behind could write for ever.
                     process.kill_group();
                 }
                 if !closing.is_empty() {
@@ -1947,11 +1957,11 @@ mod session {
         }
     }
 
-    /// A running child, leader of a process group of its own.
+    /// A running child, which leads a process group of its own.
     pub struct Daemon {
         stdin: ChildStdin,
         stdout: ChildStdout,
-        /// Readable once it has exited.
+        /// Becomes readable when the child has exited.
         exited: OwnedFd,
         process: Process,
     }
@@ -1979,7 +1989,7 @@ mod session {
 
             let mut child = command.spawn()?;
             let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-            // From here on, whatever fails, it is killed and reaped.
+            // From here on, the child is killed and reaped whatever fails.
             let mut process = Process {
                 child,
                 stderr: Stderr::default(),
@@ -1993,7 +2003,7 @@ mod session {
             rustix::io::ioctl_fionbio(&stdout, true)?;
             let share = (PIPES_BYTES / config.daemon.max_connections).max(1).ilog2();
             let size = 1 << share.clamp(SMALLEST_PIPE_LOG2, LARGEST_PIPE_LOG2);
-            // May be refused to an unprivileged user. Smaller pipes do, too.
+            // An unprivileged user may be refused this. Smaller pipes work, too.
             let _ = rustix::pipe::fcntl_setpipe_size(&stdin, size);
             let _ = rustix::pipe::fcntl_setpipe_size(&stdout, size / 4);
             let exited = pidfd_open(Pid::from_child(&process.child), PidfdFlags::empty())?;
@@ -2006,7 +2016,7 @@ mod session {
         }
     }
 
-    /// Whether nix-daemon gets a variable of this name. Those of proxies come in both cases.
+    /// Whether nix-daemon gets this variable. Names of proxies are common in both cases.
     fn is_kept(name: &str) -> bool {
         let kept = KEPT_VARIABLES.contains(&name)
             || KEPT_VARIABLES.contains(&&*name.to_ascii_lowercase())
@@ -2014,7 +2024,7 @@ mod session {
         kept && !name.starts_with(OWN_PREFIX)
     }
 
-    /// A child's process and what it says. Dropped, it is killed and reaped.
+    /// A child process and its standard error. When dropped, it is killed and reaped.
     struct Process {
         child: Child,
         stderr: Stderr,
@@ -2031,7 +2041,7 @@ mod session {
             let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
         }
 
-        /// Sees to it that the child ends, and its group.
+        /// Makes sure that the child and its process group end.
         fn terminate(&mut self, exited: &OwnedFd, number: u64) -> Fate {
             let last = &TERMINATION_STEPS[TERMINATION_STEPS.len() - 1];
             for step in TERMINATION_STEPS.iter().chain(std::iter::repeat(last)) {
@@ -2044,7 +2054,8 @@ mod session {
             }
 
             self.stderr.end_line(number);
-            // Before the child is reaped: after that, another group may have its number.
+            // This must come before the child is reaped: after that, its number may belong to
+            // another group.
             self.kill_group();
             match self.child.wait() {
                 Ok(status) => Fate {
@@ -2066,8 +2077,7 @@ mod session {
             }
         }
 
-        /// Whether it exits in time; if so, with all that it says before that in the log, as far
-        /// as there is time.
+        /// Returns whether the child exits in time. Logs what it says until then.
         fn exits(&mut self, exited: &OwnedFd, number: u64, until: Instant) -> bool {
             loop {
                 let exited = PollFd::new(exited, PollFlags::IN);
@@ -2096,11 +2106,12 @@ mod session {
     #[derive(Default)]
     struct Stderr {
         pipe: Option<ChildStderr>,
-        /// The line that is not whole yet, and whether its beginning was logged because it is
+        /// The current line as far as it was read, and whether it is the rest of a line that was
         /// too long.
         line: Vec<u8>,
         is_continued: bool,
-        /// The beginning of the last one with words in it, without terminal escapes.
+        /// The last line that had words in it, without terminal escapes and at most
+        /// MAX_LINE_BYTES long.
         last_line: String,
     }
 
@@ -2111,7 +2122,7 @@ mod session {
                 .map(|pipe| PollFd::new(pipe, PollFlags::IN))
         }
 
-        /// Reads what there is, and logs each line that is whole.
+        /// Reads what is available, and logs each complete line.
         fn log(&mut self, number: u64) {
             let mut chunk = [0; MAX_LINE_BYTES];
             let length = self
@@ -2149,10 +2160,11 @@ mod session {
     }
 }
 
-/// `nix-relay --stdio`: carries standard input and output to a relay, as Nix's `remote-program`.
-/// Finds a token, connects, tries again where that may help, and says in one line why there is no
-/// session or how it ended. Promises that a secret goes into the request to whom it is for and
-/// nowhere else: no argument list, no environment of a child, no message.
+/// `nix-relay --stdio`: connects standard input and output to a relay, as Nix's
+/// `remote-program`. Finds a token, connects, tries again where that may help, and says in one
+/// line why there is no session or how it ended. Promises that each secret is only ever sent to
+/// the server that it is for, and never appears in an argument list, a child's environment or a
+/// message.
 mod client {
     use crate::copy::{End, Keepalive, Link, Patience, Pipes, Wire};
     use crate::util::{is_loopback, proxy_from_env, secs, trusted_roots, web_agent};
@@ -2181,59 +2193,61 @@ mod client {
 
     const AGENT: &str = concat!("nix-relay/", env!("CARGO_PKG_VERSION"));
 
-    /// For TCP and for TLS, each.
+    /// For connecting by TCP, and again for the TLS handshake.
     const STEP_TIMEOUT: Duration = Duration::from_secs(10);
     const TCP_LATE: &str = "no connection within 10 s; is a firewall in the way?";
     const TLS_LATE: &str = "no TLS handshake within 10 s; does that port speak TLS?";
-    /// For the answer: a full relay has its clients wait for `queue_timeout_secs`, 30 by default.
+    /// For the relay's answer. A full relay keeps its clients waiting for `queue_timeout_secs`,
+    /// which is 30 by default.
     const ANSWER_TIMEOUT: Duration = Duration::from_secs(40);
     const ANSWER_LATE: &str = "no answer within 40 s; is it a relay that listens there?";
-    /// For the token endpoint, from its name to the end of its answer.
+    /// For the whole request to the token endpoint.
     const TOKEN_TIMEOUT: Duration = Duration::from_secs(30);
     const TOKEN_LATE: &str = "no answer within 30 s";
-    /// Between attempts; doubled each time, up to the longest.
+    /// The pause between attempts, which doubles each time up to the longest.
     const FIRST_PAUSE: Duration = Duration::from_millis(500);
     const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-    /// For each of Nix's two pipes. In less, it and we would often wait for each other.
+    /// The size of the two pipes to Nix. With smaller ones, Nix and the client often wait for
+    /// each other.
     const PIPE_BYTES: usize = 512 << 10;
-    /// Of an answer's head, and of its body.
+    /// Limits on an answer's head and body.
     const MAX_HEADERS: usize = 128;
     const MAX_ANSWER_BYTES: usize = 64 << 10;
 
-    /// Of a text of the other side.
+    /// How much of a text from the other side is shown.
     const MAX_SHOWN_CHARS: usize = 400;
-    /// What turns the direction of writing (Unicode Standard Annex 9).
+    /// Characters that change the direction of writing (Unicode Standard Annex 9).
     const TURNS: [char; 12] = [
         '\u{61C}', '\u{200E}', '\u{200F}', '\u{202A}', '\u{202B}', '\u{202C}', '\u{202D}',
         '\u{202E}', '\u{2066}', '\u{2067}', '\u{2068}', '\u{2069}',
     ];
 
-    /// Where a job finds its tokens, or what to get one with.
+    /// The variables that hold a job's token, or the secret to get one with.
     const NIX_RELAY: &str = "NIX_RELAY_TOKEN";
     const ACTIONS_URL: &str = "ACTIONS_ID_TOKEN_REQUEST_URL";
     const ACTIONS: &str = "ACTIONS_ID_TOKEN_REQUEST_TOKEN";
     const GITLAB: &str = "GITLAB_OIDC_TOKEN";
     const CIRCLE: &str = "CIRCLE_OIDC_TOKEN_V2";
     const SECRETS: [&str; 4] = [NIX_RELAY, ACTIONS, GITLAB, CIRCLE];
-    /// Names the descriptor that a child reads its secrets from.
+    /// The descriptor from which the child reads the secrets.
     const SECRETS_FD: &str = "NIX_RELAY_SECRETS_FD";
 
     const NO_TOKEN: &str = "no token: set NIX_RELAY_TOKEN, or let the job have one: \
         GitHub or Forgejo (permission id-token: write) sets ACTIONS_ID_TOKEN_REQUEST_URL and \
         _TOKEN, GitLab (id_tokens) GITLAB_OIDC_TOKEN, CircleCI CIRCLE_OIDC_TOKEN_V2";
-    /// What to say when Nix passes --serve.
+    /// The message when Nix passes --serve.
     pub const WRONG_STORE: &str =
         "use ssh-ng:// instead of ssh://, as in ssh-ng://localhost?remote-program=nix-relay";
     const FOR_NIX: &str =
         "this is for Nix to run: nix build --store 'ssh-ng://localhost?remote-program=nix-relay'";
 
-    /// The secret variables that are set.
+    /// The secret variables that are set, and their values.
     type Secrets = BTreeMap<String, String>;
     /// A connection to a relay that has answered 101.
     struct Session {
         socket: TcpStream,
         tls: Option<ClientConnection>,
-        /// What came behind the answer.
+        /// The bytes that came after the answer's head.
         rest: Vec<u8>,
     }
 
@@ -2260,8 +2274,8 @@ mod client {
         ExitCode::FAILURE
     }
 
-    /// Those of the environment, or those that the parent of this process has handed over. None if
-    /// the parent is gone already.
+    /// The secrets from the environment, or in the child those that its parent passes on. None
+    /// if the parent has ended.
     fn secrets() -> Option<Secrets> {
         if let Some(number) = variable(SECRETS_FD) {
             let pipe = fs::File::open(format!("/proc/self/fd/{number}")).ok()?;
@@ -2272,10 +2286,10 @@ mod client {
         Some(SECRETS.into_iter().filter_map(found).collect())
     }
 
-    /// Runs the client as a child and waits for it. Nix kills what it started as soon as it is
-    /// done; the child outlives that, sees the end of its input, and sends a Close. So the relay
-    /// can tell a session that is over from one whose client has vanished. None in the child
-    /// itself, and where there can be none.
+    /// Runs the client as a child and waits for it. Nix kills the process that it started as
+    /// soon as it is done. The child survives that, sees the end of its input, and sends a
+    /// Close, so the relay can tell a session that is over from one whose client has vanished.
+    /// Returns None in the child itself, and if no child can be started.
     fn run_in_child(secrets: &Secrets) -> Option<ExitCode> {
         if variable(SECRETS_FD).is_some() {
             return None;
@@ -2283,7 +2297,7 @@ mod client {
         let (reader, writer) = io::pipe().ok()?;
         fcntl_setfd(&reader, FdFlags::empty()).ok()?;
 
-        // In a process group of its own, Ctrl-C does not reach it either.
+        // In a process group of its own, the child is also safe from Ctrl-C.
         let mut command = Command::new(env::current_exe().ok()?);
         command.arg("--stdio").process_group(0);
         for name in SECRETS {
@@ -2292,15 +2306,15 @@ mod client {
         command.env(SECRETS_FD, reader.as_raw_fd().to_string());
         let mut child = command.spawn().ok()?;
 
-        // A child that has ended already needs none, and has said why.
+        // This fails if the child has ended already; then it has also said why.
         drop(reader);
         let _ = serde_json::to_writer(writer, secrets);
         let ended_well = child.wait().is_ok_and(|status| status.success());
         Some(ExitCode::from(u8::from(!ended_well)))
     }
 
-    /// From the settings to the end of the session, and whether that was a good one. An error is
-    /// what to say.
+    /// Runs the client, from reading its settings to the end of the session. Returns whether the
+    /// session ended well, or else a message.
     fn carry(secrets: &Secrets) -> Result<bool, String> {
         let relay = Relay::from_environment()?;
         let keepalive = seconds("NIX_RELAY_KEEPALIVE_SECS", 30)?;
@@ -2331,7 +2345,7 @@ mod client {
 
         for pipe in [pipes.source, pipes.sink] {
             ioctl_fionbio(pipe, true)?;
-            // May be refused to an unprivileged user.
+            // An unprivileged user may be refused this.
             let _ = fcntl_setpipe_size(pipe, PIPE_BYTES);
         }
         link.run(&[], session.rest, &pipes, || {
@@ -2364,7 +2378,7 @@ mod client {
         })
     }
 
-    /// Ends the process when nobody can read its output any more, as long as it has no session:
+    /// Until there is a session, ends the process when nobody reads its output any more, which
     /// its waits and pauses would not notice.
     fn end_without_reader() -> Arc<AtomicBool> {
         let connected = Arc::new(AtomicBool::new(false));
@@ -2379,7 +2393,7 @@ mod client {
         connected
     }
 
-    /// A session, by as many attempts as it takes, while there is time and they may help.
+    /// Opens a session, with as many attempts as there is time for, while they may help.
     fn connect(relay: &Relay, secrets: &Secrets, budget: Duration) -> Result<Session, String> {
         let deadline = Instant::now() + budget;
         let mut pause = FIRST_PAUSE;
@@ -2399,7 +2413,7 @@ mod client {
                 let (what, secs) = (failure.without_question(), budget.as_secs());
                 eprintln!("nix-relay: {what}; trying again for up to {secs} s");
             }
-            // Clients that failed together are not to come back together.
+            // Clients that failed together should not come back together.
             let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
             let jittered = pause.min(LONGEST_PAUSE).mul_f64(0.5 + random);
             thread::sleep((at_least + jittered).min(left));
@@ -2407,11 +2421,12 @@ mod client {
         }
     }
 
-    /// Why an attempt gave no session.
+    /// Why an attempt led to no session.
     struct Failure {
-        /// What went wrong, and behind a semicolon what would mend it.
+        /// What went wrong, and after a semicolon how to mend it.
         text: String,
-        /// How long to wait at least before the next attempt; none where that would end the same.
+        /// The least time to wait before the next attempt. None if another attempt would end the
+        /// same way.
         again_after: Option<Duration>,
     }
 
@@ -2422,7 +2437,7 @@ mod client {
             Failure { text, again_after }
         }
 
-        /// With what was tried.
+        /// Adds what was being tried.
         fn during(self, what: &str) -> Failure {
             let text = with(what, &self.text);
             Failure { text, ..self }
@@ -2452,7 +2467,7 @@ mod client {
                     format!("{words} without an answer; does the relay run?"),
                     true,
                 ),
-                // Words of ours.
+                // The message is one of ours.
                 ErrorKind::Other => Failure::new(e.to_string(), false),
                 _ => Failure::new(words, false),
             }
@@ -2508,7 +2523,7 @@ mod client {
                 .ok_or(Failure::new(NO_TOKEN, false))?,
         };
 
-        // Anything else would become a header line of its own, or part of one.
+        // Other characters could end the header line and begin another.
         let token = token.trim_end_matches(['\r', '\n']);
         let belongs = |c: char| c.is_ascii_alphanumeric() || "._~+/=-".contains(c);
         if !token.is_empty() && token.chars().all(belongs) {
@@ -2526,7 +2541,7 @@ mod client {
         ))
     }
 
-    /// Asks as jobs of GitHub and Forgejo Actions do.
+    /// Asks for a token in the way of GitHub and Forgejo Actions.
     fn request_token(url: &str, secret: &str) -> Result<String, Failure> {
         let agent = web_agent(url).map_err(|e| Failure::new(e, false))?;
         let audience = variable("NIX_RELAY_AUDIENCE").unwrap_or("api://nix-relay".into());
@@ -2552,10 +2567,10 @@ mod client {
         }
     }
 
-    /// Where the relay is, and the way there.
+    /// Where the relay is, and how to reach it.
     struct Relay {
         uri: Uri,
-        /// Of an IPv6 address without its brackets.
+        /// Without the brackets of an IPv6 address.
         host: String,
         port: u16,
         tls: Option<Arc<ClientConfig>>,
@@ -2574,7 +2589,7 @@ mod client {
                 format!("set NIX_RELAY_URL to where the relay is, {example} (it is {found})")
             })?;
 
-            // Without TLS, a proxy would see the token.
+            // Without TLS, the proxy would see the token.
             if relay.uri.scheme_str() == Some("wss") {
                 relay.tls = Some(tls_config()?);
                 let is_for = |proxy: &Proxy| !proxy.is_no_proxy(&relay.uri);
@@ -2598,7 +2613,7 @@ mod client {
                 "ws" => 80,
                 _ => return None,
             };
-            // Without a user and password.
+            // Leaves out a user name and password.
             let place = uri.authority()?.as_str().rsplit('@').next()?;
             let host = uri.host().filter(|host| !host.is_empty())?;
             let port = match place.strip_prefix(host)? {
@@ -2624,7 +2639,8 @@ mod client {
             opened.map_err(|failure| failure.during(&format!("cannot reach {}", self.uri)))?
         }
 
-        /// The outer error is one on the way to the relay, the inner one is the relay's answer.
+        /// The outer error means that the relay could not be reached, the inner one that it
+        /// refused.
         fn open(&self, token: &str) -> Result<Result<Session, Failure>, Failure> {
             let socket = self.dial()?;
             let Some(config) = &self.tls else {
@@ -2644,7 +2660,7 @@ mod client {
             let mut timed = Timed::new(&socket, ANSWER_TIMEOUT, ANSWER_LATE);
             let upgraded = self.upgrade(&mut rustls::Stream::new(&mut tls, &mut timed), token)?;
             Ok(upgraded.map(|mut rest| {
-                // All that is decrypted already; the error says that there is no more.
+                // Takes what has been decrypted already. The error only says that there is no more.
                 let _ = tls.reader().read_to_end(&mut rest);
                 Session {
                     socket,
@@ -2654,7 +2670,7 @@ mod client {
             }))
         }
 
-        /// TCP to the relay, or through a proxy (RFC 9110, section 9.3.6).
+        /// Connects to the relay by TCP, or through a proxy (RFC 9110, section 9.3.6).
         fn dial(&self) -> Result<TcpStream, Failure> {
             let Some(proxy) = &self.proxy else {
                 return Ok(dial(&self.host, self.port)?);
@@ -2679,7 +2695,8 @@ mod client {
             Err(Failure::new(text, may_pass(answer.status)))
         }
 
-        /// Asks for a WebSocket (RFC 6455, section 4.1): what came behind the answer.
+        /// Asks for a WebSocket (RFC 6455, section 4.1). Returns the bytes that came after the
+        /// answer's head.
         fn upgrade(
             &self,
             stream: &mut (impl Read + Write),
@@ -2710,8 +2727,8 @@ mod client {
         }
     }
 
-    /// TCP to the first of a name's addresses that answers. Each may take its share of what is
-    /// left of the time, so that one that is silent leaves some for the others.
+    /// Connects to the first address of a name that answers. Each address may take its share of
+    /// the time that is left, so that a silent one leaves some for the others.
     fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
         let deadline = Instant::now() + STEP_TIMEOUT;
         let place = (host.trim_matches(['[', ']']).to_owned(), port);
@@ -2737,7 +2754,7 @@ mod client {
         Err(failure)
     }
 
-    /// Trusts Mozilla's authorities, or those of SSL_CERT_FILE instead.
+    /// Trusts Mozilla's authorities, or those in SSL_CERT_FILE instead.
     fn tls_config() -> Result<Arc<ClientConfig>, String> {
         let mut roots = RootCertStore::empty();
         match trusted_roots()? {
@@ -2752,7 +2769,7 @@ mod client {
         Ok(Arc::new(config.with_no_client_auth()))
     }
 
-    /// A socket for one step, which has a limit in all.
+    /// A socket during one step of the connection, with a deadline for the whole step.
     struct Timed<'a> {
         socket: &'a TcpStream,
         deadline: Instant,
@@ -2801,11 +2818,11 @@ mod client {
         }
     }
 
-    /// What is answered to a request, as far as it was read.
+    /// The answer to a request, as far as it was read.
     struct Answer {
         status: StatusCode,
         headers: Vec<(String, String)>,
-        /// What came behind its head.
+        /// The bytes that came after its head.
         rest: Vec<u8>,
     }
 
@@ -2854,13 +2871,13 @@ mod client {
         ))
     }
 
-    /// The body of an answer, or what can be had of it.
+    /// The body of an answer, or as much of it as arrives.
     fn read_body(answer: &mut Answer, stream: &mut impl Read) -> String {
         let mut body = std::mem::take(&mut answer.rest);
         let length = answer.header("Content-Length").parse();
         let length = length.unwrap_or(MAX_ANSWER_BYTES).min(MAX_ANSWER_BYTES);
         let mut chunk = [0; 4096];
-        // What comes in chunks ends with an empty one (RFC 9112, section 7.1).
+        // A chunked body ends with an empty chunk (RFC 9112, section 7.1).
         while body.len() < length && !body.ends_with(b"0\r\n\r\n") {
             match stream.read(&mut chunk) {
                 Ok(length @ 1..) => body.extend(&chunk[..length]),
@@ -2876,8 +2893,8 @@ mod client {
         }
     }
 
-    /// An answer that is not the WebSocket asked for: the relay's, or a page of something before
-    /// it.
+    /// The message for an answer that is no WebSocket: a refusal by the relay, or a page by
+    /// something in front of it.
     fn refusal(answer: &Answer, body: &str) -> Failure {
         let status = answer.status;
         let code = status.as_u16().to_string();
@@ -2913,13 +2930,13 @@ mod client {
         Some(&page[start..start + length])
     }
 
-    /// Whether the same request may be answered otherwise soon.
+    /// Whether the same request may succeed soon.
     fn may_pass(status: StatusCode) -> bool {
         matches!(status.as_u16(), 429 | 502 | 503 | 504)
     }
 
-    /// Text of the other side, fit for a line on a terminal: nothing in it moves the cursor or
-    /// turns the direction of writing.
+    /// Makes a text from the other side safe for one line on a terminal: nothing in it moves the
+    /// cursor or changes the direction of writing.
     fn plain(text: &str) -> String {
         let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let kept = line
@@ -2928,7 +2945,7 @@ mod client {
         kept.take(MAX_SHOWN_CHARS).collect()
     }
 
-    /// `what: detail`, as far as there is a detail.
+    /// `what: detail`, or just `what` if there is no detail.
     fn with(what: &str, detail: &str) -> String {
         match detail {
             "" => what.to_owned(),
@@ -2936,7 +2953,7 @@ mod client {
         }
     }
 
-    /// None if it is unset or empty.
+    /// Returns None if the variable is unset or empty.
     fn variable(name: &str) -> Option<String> {
         let value = env::var_os(name).filter(|value| !value.is_empty())?;
         Some(value.to_string_lossy().into_owned())
@@ -2949,11 +2966,11 @@ mod client {
     }
 }
 
-/// The two directions between a WebSocket and a pair of pipes: `inward` reads messages and
-/// writes their payload to a pipe, `outward` reads a pipe and sends what it finds as binary
-/// messages. Each is a thread's whole life; the thread that starts them supervises. Promises
-/// that reading never waits for writing, that no lock is held while anything waits, that the
-/// first reason to end is the only one, and that both threads are gone when `run` returns.
+/// Copies in both directions between a WebSocket and a pair of pipes. `inward` reads messages
+/// and writes their payload to a pipe; `outward` reads a pipe and sends binary messages. Each
+/// runs in a thread of its own; the thread that starts them supervises. Promises that reading
+/// never waits for writing, that no lock is held while anything waits, that only the first
+/// reason to end counts, and that both threads are gone when `run` returns.
 mod copy {
     use crate::metrics;
     use crate::poll::{self, Event};
@@ -2973,61 +2990,61 @@ mod copy {
     use tungstenite::protocol::{CloseFrame, Role, WebSocket, WebSocketConfig};
     use tungstenite::{Bytes, Message};
 
-    /// Of a pipe, for one message. tungstenite copies it into a buffer that malloc puts beside
-    /// it: if the two were a whole number of pages apart, each load of the copy would wait for a
-    /// store.
+    /// How much is read from a pipe for one message. tungstenite copies it to a buffer that
+    /// malloc places next to it. If the two were a whole number of pages apart, every load of
+    /// that copy would wait for a store.
     const CHUNK_BYTES: usize = 62 << 10;
-    /// At a time, from the peer: tungstenite clears as much memory before each read.
+    /// How much is read from the peer at a time. tungstenite clears this much memory before each
+    /// read.
     const READ_BYTES: usize = 64 << 10;
     /// A larger message from the peer ends the session.
     const MAX_MESSAGE_BYTES: usize = 4 << 20;
-    /// Pongs that may wait behind a message; with more, the last one alone is kept (RFC 6455,
-    /// section 5.5.3).
+    /// Room for pongs behind a message. If there is more to answer, only the last ping counts
+    /// (RFC 6455, section 5.5.3).
     const MAX_PONG_BYTES: usize = 4 << 10;
-    /// RFC 6455, section 5.5: a control frame holds 125 bytes, two of which are the code of a
-    /// Close.
+    /// RFC 6455, section 5.5: a control frame holds 125 bytes, and the code of a Close takes two
+    /// of them.
     const MAX_REASON_BYTES: usize = 123;
-    /// So many keepalive intervals without a sign of life, and the peer counts as gone.
+    /// A peer that does not respond for so many keepalive intervals is gone.
     const KEEPALIVES: u32 = 3;
-    /// The peer has so long to take a Close.
+    /// How long the peer may take to receive a Close.
     const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-    /// poll(2) speaks of room in a socket when a third of its buffer is free. A slow peer makes
-    /// less than that in a long time, so we look.
+    /// poll(2) reports a socket as writable when a third of its buffer is free. A slow peer may
+    /// take very long to free that much, so we try without it.
     const LITTLE_ROOM_CHECK: Duration = Duration::from_secs(1);
-    /// Of a socket for what it sends: about what Linux makes the smallest.
+    /// About the smallest send buffer that Linux gives a socket.
     const SMALLEST_BUFFER: usize = 5 << 10;
     const BROKEN: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
     /// Why a session ended.
     pub enum End {
-        /// The peer sent a Close: its code and reason, if it has them.
+        /// The peer sent a Close, with this code and reason if it gave them.
         Closed(Option<CloseFrame>),
-        /// The peer does not answer any more, or its connection broke: how.
+        /// The peer does not respond, or the connection broke. Says how.
         Gone(String),
-        /// The peer sent what it may not: the code for its Close (RFC 6455, section 7.4.1), and
-        /// what it was.
+        /// The peer broke the protocol: the code for the Close (RFC 6455, section 7.4.1), and
+        /// what it did.
         Violation(CloseCode, String),
-        /// The pipe that `outward` reads has ended, and the peer's socket has taken all that
-        /// came from it.
+        /// The pipe that `outward` reads has ended, and the socket has taken everything from it.
         SourceEnded,
         /// Nobody reads the pipe that `inward` writes.
         SinkClosed,
-        /// The supervisor ended it.
+        /// The supervisor ended the session.
         TimedOut,
         ShuttingDown,
         /// One of the threads panicked.
         Failed,
     }
 
-    /// How long to wait for a peer to take what is on its way.
+    /// How long to wait while a peer receives what is on its way to it.
     pub struct Patience {
-        /// While it takes nothing.
+        /// How long it may go without receiving anything.
         pub standstill: Duration,
         pub deadline: Instant,
     }
 
     impl Patience {
-        /// With a peer that has these keepalives; without any (0), it is never too long.
+        /// For a peer with this keepalive interval. With 0, only the deadline counts.
         pub fn new(keepalive_secs: u32, deadline: Instant) -> Patience {
             let standstill = match keepalive_secs {
                 0 => deadline.saturating_duration_since(Instant::now()),
@@ -3039,7 +3056,7 @@ mod copy {
             }
         }
 
-        /// For a peer that has nothing to take but a Close.
+        /// For a peer that has only a Close to receive.
         pub fn short() -> Patience {
             Patience {
                 standstill: CLOSE_TIMEOUT,
@@ -3053,14 +3070,14 @@ mod copy {
         socket: Arc<TcpStream>,
         tls: Option<Mutex<rustls::ClientConnection>>,
         start: Instant,
-        /// When bytes last came from the peer, and when the socket last took some: milliseconds
-        /// since `start`.
+        /// When bytes last came from the peer, and when the socket last accepted some, in
+        /// milliseconds since `start`.
         heard: AtomicU64,
         taken: AtomicU64,
     }
 
     impl Wire {
-        /// A connection, with TLS over it if `tls` is its state after the handshake.
+        /// A connection. If `tls` is given, its handshake must be complete.
         pub fn new(
             socket: Arc<TcpStream>,
             tls: Option<rustls::ClientConnection>,
@@ -3116,7 +3133,7 @@ mod copy {
                 return Ok(length);
             };
 
-            // What rustls holds goes first; it then has room.
+            // rustls has room for more once it has sent what it holds.
             let mut tls = lock(tls);
             self.send_tls(&mut tls)?;
             let length = tls.writer().write(bytes)?;
@@ -3142,8 +3159,8 @@ mod copy {
         }
     }
 
-    /// The half that reads. What tungstenite would answer by itself goes nowhere: the other half
-    /// answers.
+    /// The half that reads. What tungstenite would answer by itself is dropped, because the
+    /// other half answers.
     struct Receiving(Arc<Wire>);
 
     impl Read for Receiving {
@@ -3181,30 +3198,30 @@ mod copy {
         }
     }
 
-    /// The pipes of a session. Neither blocks.
+    /// The pipes of a session. They do not block.
     pub struct Pipes<'a> {
         pub source: BorrowedFd<'a>,
-        /// Once this is readable, a source that holds nothing has ended.
+        /// Once this is readable, an empty source has ended.
         pub source_ended: Option<BorrowedFd<'a>>,
         pub sink: BorrowedFd<'a>,
     }
 
-    /// What became of bytes for the peer.
+    /// What happened to bytes for the peer.
     enum Sent {
         All,
-        /// The rest waits for a `flush`.
+        /// The rest needs a `flush`.
         Partly,
         Broken,
     }
 
-    /// One WebSocket, and what its threads have in common.
+    /// One WebSocket, and what its threads share.
     pub struct Link {
         wire: Arc<Wire>,
         role: Role,
         sending: Mutex<WebSocket<Sending>>,
-        /// Whether the socket has not taken all that was sent.
+        /// Whether the socket has yet to accept some of what was sent.
         unsent: AtomicBool,
-        /// Whether `inward` waits for its pipe, and so hears nothing.
+        /// Whether `inward` is waiting for its pipe, and so reads nothing from the peer.
         sink_is_full: AtomicBool,
         end: OnceLock<End>,
         over: Event,
@@ -3235,8 +3252,8 @@ mod copy {
             })
         }
 
-        /// Sends `head`, then copies both ways until the session is over, which `supervise`
-        /// waits for. `rest` is what came behind the peer's head. Fails, with nothing sent, if
+        /// Sends `head` and copies both ways until the session is over, while `supervise` waits
+        /// for that. `rest` is what came after the peer's head. Fails before anything is sent if
         /// there are no threads.
         pub fn run(
             &self,
@@ -3256,7 +3273,8 @@ mod copy {
             thread::scope(|scope| {
                 let _guard = EndOnPanic(self);
                 let thread = |name: &str| thread::Builder::new().name(name.into());
-                // Nobody sends before the head is out, and that waits until both threads are there.
+                // The lock keeps everybody from sending before the head, which waits until both
+                // threads exist.
                 let mut sending = lock(&self.sending);
                 let inward = move || self.inward(receiving, has_rest, pipes.sink);
                 let inward = thread("inward").spawn_scoped(scope, inward)?;
@@ -3273,13 +3291,13 @@ mod copy {
 
                 supervise();
 
-                // A panic has been reported by now, and the session is over all the same.
+                // A panic has been reported by now, and has ended the session.
                 let _ = (inward.join(), outward.join());
                 Ok(())
             })
         }
 
-        /// Ends the session, unless something else has.
+        /// Ends the session, unless it has ended already.
         pub fn finish(&self, end: End) {
             if self.end.set(end).is_ok() {
                 self.over.set();
@@ -3291,7 +3309,7 @@ mod copy {
             self.end.get()
         }
 
-        /// What becomes readable when the session is over.
+        /// Becomes readable when the session is over.
         pub fn over(&self) -> PollFd<'_> {
             self.over.poll_fd()
         }
@@ -3299,7 +3317,7 @@ mod copy {
         /// WebSocket → pipe.
         fn inward(&self, mut peer: WebSocket<Receiving>, has_rest: bool, sink: BorrowedFd) {
             let _guard = EndOnPanic(self);
-            // A read clears memory: an idle session is not to have any.
+            // A read clears memory, and an idle session should use none: so we wait first.
             let mut wait = !has_rest;
             let mut owes_pong = false;
 
@@ -3330,7 +3348,7 @@ mod copy {
             }
         }
 
-        /// Waits for more from the peer, and meanwhile sends the pong that did not go out.
+        /// Waits for more from the peer, and meanwhile sends a pong that is still due.
         fn await_message(&self, owes_pong: &mut bool) {
             let mut events = PollFlags::IN;
             events.set(PollFlags::OUT, *owes_pong);
@@ -3342,9 +3360,9 @@ mod copy {
             }
         }
 
-        /// Writes a message's payload to the pipe. A child that reads no more may still have
-        /// something to say, so what it does not take is dropped; a client without a reader is
-        /// of no use.
+        /// Writes the payload of a message to the pipe. A child that reads no more may still
+        /// have something to say, so what it does not take is dropped. A client whose reader is
+        /// gone is of no use.
         fn deliver(&self, mut payload: &[u8], sink: BorrowedFd) -> Result<(), End> {
             self.received.fetch_add(payload.len() as u64, Relaxed);
             metrics::BYTES_IN.add(payload.len() as u64);
@@ -3361,14 +3379,14 @@ mod copy {
             Ok(())
         }
 
-        /// Waits until the pipe takes more. Fails if the connection breaks meanwhile.
+        /// Waits until the pipe has room. Fails if the connection breaks meanwhile.
         fn await_sink(&self, sink: BorrowedFd) -> Result<(), End> {
             let sink = PollFd::from_borrowed_fd(sink, PollFlags::OUT);
             let socket = PollFd::new(&self.wire.socket, PollFlags::empty());
 
             self.sink_is_full.store(true, Relaxed);
             let [_, socket, _] = poll::ready([Some(sink), Some(socket), Some(self.over())], None);
-            // It was not the peer's fault that nothing was heard.
+            // We did not read, so the peer's silence does not count.
             self.wire.note(&self.wire.heard);
             self.sink_is_full.store(false, Relaxed);
 
@@ -3389,10 +3407,10 @@ mod copy {
                     Ok(1..) => {
                         let payload = Bytes::from(chunk);
                         if !self.send(payload.clone()) {
-                            // The peer takes no more: `inward` finds out why.
+                            // The connection is broken or over, and `inward` finds out why.
                             return;
                         }
-                        // Nobody else has it any more, so the memory comes back.
+                        // Nobody else holds the payload any more, so its memory can be used again.
                         chunk = payload.into();
                         chunk.clear();
                     }
@@ -3402,7 +3420,7 @@ mod copy {
                         let on_end = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
                         let fds = [Some(source), source_ended.map(on_end), Some(self.over())];
                         let [_, end, _] = poll::ready(fds, None);
-                        // It may have said something before that: one more look.
+                        // The source may have written something just before: look once more.
                         ended = !end.is_empty();
                     }
                     _ => self.finish(End::SourceEnded),
@@ -3410,14 +3428,14 @@ mod copy {
             }
         }
 
-        /// Sends a message of data, and waits for as long as the socket does not take all of it
-        /// and the session lasts. Says whether it was sent.
+        /// Sends a message of data. Waits until the socket has accepted all of it or the session
+        /// is over. Returns whether it was sent.
         fn send(&self, payload: Bytes) -> bool {
             let length = payload.len() as u64;
             let mut message = Some(Message::Binary(payload));
 
             loop {
-                // Into an empty buffer, which has room for it.
+                // After the flush the buffer is empty, so the message fits.
                 let sent = self.attempt(|peer| {
                     peer.flush()?;
                     message.take().map_or(Ok(()), |message| peer.send(message))
@@ -3438,13 +3456,13 @@ mod copy {
             true
         }
 
-        /// Sends a ping or a pong, and says whether nothing is left to flush.
+        /// Sends a ping or a pong. Returns whether the socket has accepted everything.
         fn send_control(&self, message: Message) -> bool {
             matches!(self.attempt(|peer| peer.send(message)), Sent::All)
         }
 
-        /// One step with the half that sends. Where the socket does not take all, the rest is in
-        /// the buffer.
+        /// Takes one step with the half that sends. What the socket does not accept stays in the
+        /// buffer.
         fn attempt(
             &self,
             step: impl FnOnce(&mut WebSocket<Sending>) -> tungstenite::Result<()>,
@@ -3453,14 +3471,14 @@ mod copy {
             match step(&mut sending) {
                 Ok(()) => {
                     if self.unsent.swap(false, Relaxed) {
-                        // It took what was waiting, and its pongs come behind that.
+                        // The peer has received what was waiting. Its pongs come only after that.
                         self.wire.note(&self.wire.heard);
                     }
                     Sent::All
                 }
                 Err(Error::Io(e)) if e.kind() != ErrorKind::WouldBlock => Sent::Broken,
                 Err(Error::Io(_) | Error::WriteBufferFull(_)) => {
-                    // The peer has from now on to take something.
+                    // From now on the peer must receive something.
                     if !self.unsent.swap(true, Relaxed) {
                         self.wire.note(&self.wire.taken);
                     }
@@ -3470,9 +3488,9 @@ mod copy {
             }
         }
 
-        /// Finishes what is half sent, sends a Close, for which the peer has `CLOSE_TIMEOUT`, and
-        /// ends our side of the connection when the peer has taken all. Then waits for it to end
-        /// its own, for as long again.
+        /// Sends a Close, after what is half sent, and waits at most `CLOSE_TIMEOUT` for the
+        /// socket to accept it. Once the peer has received everything, ends our side of the
+        /// connection, and waits as long for the peer to end its own.
         pub fn close(&self, code: Option<CloseCode>, reason: &str, patience: &Patience) {
             let until = Instant::now() + CLOSE_TIMEOUT;
             let reason = &reason[..reason.floor_char_boundary(MAX_REASON_BYTES)];
@@ -3499,15 +3517,15 @@ mod copy {
             poll::linger(&self.wire.socket, CLOSE_TIMEOUT);
         }
 
-        /// Waits until the peer has taken what the kernel holds for it. How much that is, a socket
-        /// tells by the size of the buffer in which it would have room for more (socket(7)): we
-        /// make it smaller by and by, and each time there is room the peer has taken something.
-        /// What it sends is read.
+        /// Waits until the peer has received what the kernel holds for it. A socket becomes
+        /// writable when its buffer is large enough for more than it holds (socket(7)). So we
+        /// shrink the buffer in steps: each time the socket becomes writable, the peer has
+        /// received something. What the peer sends is read and dropped.
         fn drain(&self, patience: &Patience) {
             let mut socket = &*self.wire.socket;
             let until = || patience.deadline.min(Instant::now() + patience.standstill);
             let room_in = |size: usize, until| {
-                // The kernel doubles what it is told, and has a smallest size.
+                // The kernel doubles this value, and has a smallest size.
                 let _ = sockopt::set_socket_send_buffer_size(&self.wire.socket, size / 2);
                 let events = PollFd::new(&self.wire.socket, PollFlags::IN | PollFlags::OUT);
                 let [ready] = poll::ready([Some(events)], Some(until));
@@ -3533,7 +3551,7 @@ mod copy {
         }
     }
 
-    /// What an error of tungstenite's `read` means; nothing, if there is just nothing to read.
+    /// What an error from tungstenite's `read` means. It is no error that there is nothing to read.
     fn failed_read(error: Error) -> Result<(), End> {
         let violation = |code, what: String| Err(End::Violation(code, what));
         match error {
@@ -3557,7 +3575,7 @@ mod copy {
         }
     }
 
-    /// Ends the session when its thread panics.
+    /// Ends the session if its thread panics.
     struct EndOnPanic<'a>(&'a Link);
 
     impl Drop for EndOnPanic<'_> {
@@ -3568,20 +3586,20 @@ mod copy {
         }
     }
 
-    /// When the peer is asked for a sign of life, and when there has been none for too long. It
-    /// belongs to the thread that supervises.
+    /// Decides when to ping the peer, and when it has not responded for too long. Belongs to the
+    /// thread that supervises.
     pub struct Keepalive {
-        /// None: never.
+        /// None means never.
         interval: Option<Duration>,
         next_ping: Instant,
     }
 
     impl Keepalive {
-        /// A ping every `secs` seconds; 0 disables them, and with them the limit on silence.
+        /// Pings every `secs` seconds. 0 disables pings, and the limit on silence with them.
         pub fn new(wire: &TcpStream, secs: u32) -> io::Result<Keepalive> {
             let interval = (secs > 0).then(|| Duration::from_secs(secs.into()));
             if let Some(interval) = interval {
-                // For a peer that vanishes while nothing is read from it.
+                // For a peer that vanishes while we do not read from it.
                 let limit = (interval * KEEPALIVES).as_millis().min(i32::MAX as u128) as u32;
                 sockopt::set_tcp_user_timeout(wire, limit)?;
             }
@@ -3591,12 +3609,12 @@ mod copy {
             })
         }
 
-        /// Sends a ping if it is time, ends the session if the peer is gone, and says when to be
-        /// called again.
+        /// Sends a ping if it is time, and ends the session if the peer is gone. Returns when to
+        /// call this again.
         ///
-        /// The peer is there if, in the last three intervals, its socket took something of what
-        /// we have for it. If we have nothing, it is there if it sent something, or could not
-        /// because we did not read.
+        /// The peer is there if its socket has accepted something in the last three intervals,
+        /// as long as we have something to send. Otherwise it is there if it has sent something,
+        /// or if we did not read.
         pub fn check(&mut self, link: &Link) -> Option<Instant> {
             let interval = self.interval?;
             let now = Instant::now();
@@ -3629,9 +3647,9 @@ mod copy {
     }
 }
 
-/// What the operator said: defaults, file and environment become one validated `Config`. Reads
-/// the configuration file and the environment, nothing else. Promises that whatever is in a
-/// `Config` can be used as it is, and that an error names where it comes from.
+/// What the operator wants: turns defaults, file and environment into one validated `Config`.
+/// Reads the configuration file and the environment, nothing else. Promises that everything in a
+/// `Config` can be used as it is, and that an error says where it comes from.
 mod config {
     use crate::util::is_https_or_loopback;
     use serde::{Deserialize, Serialize};
@@ -3645,10 +3663,10 @@ mod config {
     use toml::{Spanned, Value};
     use tungstenite::http::uri::Authority;
 
-    /// Every key that has a default, in its table.
+    /// Every key that has a default.
     const DEFAULTS: &str = include_str!("config.example.toml");
 
-    /// The variable of each key that has one, its table, and the key.
+    /// The variables, each with the table and the key that it sets.
     const VARIABLES: [(&str, &str, &str); 14] = [
         ("NIX_RELAY_LISTEN", "server", "listen"),
         ("NIX_RELAY_ADMIN_LISTEN", "server", "admin_listen"),
@@ -3689,7 +3707,7 @@ mod config {
         pub server: Server,
         pub auth: Auth,
         pub daemon: Daemon,
-        /// Those of `auth.rule` in their order, then the one of `auth.allowed_org`.
+        /// The rules of `auth.rule` in their order, then that of `auth.allowed_org`.
         #[serde(skip)]
         pub rules: Vec<Rule>,
     }
@@ -3701,7 +3719,7 @@ mod config {
         pub admin_listen: AddressOrNone,
         pub shutdown_grace_secs: u32,
         pub handshake_timeout_secs: NonZeroU32,
-        /// 0: none.
+        /// 0 disables keepalives.
         pub keepalive_secs: u32,
     }
 
@@ -3712,7 +3730,7 @@ mod config {
         audience: NonEmpty,
         allowed_org: Organisation,
         pub jwks_cache_ttl_secs: NonZeroU32,
-        /// Issuer → key set.
+        /// From issuer to the path of its key set.
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         pub jwks_files: BTreeMap<String, PathBuf>,
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -3741,19 +3759,19 @@ mod config {
         max_connections: Option<NonZeroU32>,
     }
 
-    /// Whom to let in, with everything that it leaves out filled in.
+    /// A rule with everything filled in that it leaves out.
     pub struct Rule {
         pub name: String,
         pub issuer: String,
         pub audience: String,
-        /// Patterns for each of these claims.
+        /// For each claim, the patterns of which one must match.
         pub bound_claims: BTreeMap<String, Vec<String>>,
         pub ignores_case: bool,
         pub extra_args: Vec<String>,
         pub max_connections: Option<NonZeroU32>,
     }
 
-    /// A type for each kind of text, with what it must be.
+    /// Defines a type for each kind of text, and what is valid for it.
     macro_rules! texts {
         ($($name:ident: $is_valid:expr, $expected:expr;)*) => {$(
             #[derive(Deserialize, Serialize, Clone)]
@@ -3796,7 +3814,7 @@ mod config {
         NonEmpty: |text| !text.is_empty(), "a text that is not empty";
         Organisation: |text| !text.contains('*'),
             "the name of one organisation (patterns are for auth.rule)";
-        // The daemon runs in /, so a path relative to where the relay started would mislead.
+        // The daemon runs in /, so a path relative to where the relay was started would mislead.
         Program: |text| text.starts_with('/') || !text.is_empty() && !text.contains('/'),
             "an absolute path, or a name in PATH";
     }
@@ -3850,7 +3868,7 @@ mod config {
     }
 
     /// Applies defaults, file and environment, in that order. Also returns the effective
-    /// configuration as TOML. Fails with `FILE: `, or `VARIABLE: `, and what is wrong.
+    /// configuration as TOML. An error begins with the file or the variable that it comes from.
     pub fn load(path: Option<&Path>) -> Result<(Config, String), String> {
         let text = match path {
             Some(path) => {
@@ -3891,7 +3909,7 @@ mod config {
         Ok((config, effective))
     }
 
-    /// Puts each default where the file says nothing.
+    /// Adds the default of each key that the file does not have.
     fn add_missing<'a>(settings: &mut DeTable<'a>, defaults: &DeTable<'a>) {
         for (name, defaults) in defaults {
             let table = settings
@@ -3907,8 +3925,8 @@ mod config {
         }
     }
 
-    /// Puts a variable's text where it belongs, as what stands there by now: a number, a list of
-    /// words, or a text.
+    /// Sets a key to the text of a variable, as the type that the key has so far: a number, a
+    /// list of words, or a text.
     fn set<'a>(settings: &mut DeTable<'a>, table: &str, key: &str, text: &'a str) {
         let setting = settings
             .get_mut(table)
@@ -3985,10 +4003,9 @@ mod config {
     }
 }
 
-/// What the relay does, in numbers, as Prometheus reads them (text format 0.0.4), and the
-/// listener that serves them. Promises that no label holds what a client chose, and that
-/// whatever happens on the relay's own listener, this one answers: it shares nothing with that
-/// but the counters.
+/// Counts what the relay does, and serves the numbers to Prometheus (text format 0.0.4) on a
+/// listener of their own. Promises that no label holds what a client chose, and that this
+/// listener answers whatever happens on the relay's own: the two share only the counters.
 mod metrics {
     use log::warn;
     use std::error::Error;
@@ -4059,7 +4076,7 @@ mod metrics {
     }
 
     const STATUSES: [u16; 10] = [400, 401, 403, 404, 405, 408, 426, 431, 502, 503];
-    /// Upper limits of the histogram's buckets, in seconds. One more has no limit.
+    /// Upper limits of the histogram's buckets, in seconds. A last bucket has no limit.
     const BUCKETS_SECS: [u64; 5] = [1, 10, 100, 1000, 10000];
 
     /// Payload from clients and to them, in bytes.
@@ -4071,7 +4088,7 @@ mod metrics {
     static NOT_REFRESHED: Counter = Counter::new();
     static ENDED: [Counter; REASONS.len()] = [const { Counter::new() }; REASONS.len()];
     static SESSION_MILLIS: Counter = Counter::new();
-    /// Each session counts in one of them; the text adds them up.
+    /// Each session is counted in one bucket. The text adds them up.
     static SESSIONS_BY_LENGTH: [Counter; BUCKETS_SECS.len() + 1] =
         [const { Counter::new() }; BUCKETS_SECS.len() + 1];
 
@@ -4103,7 +4120,7 @@ mod metrics {
         SESSIONS_BY_LENGTH[bucket].add(1);
     }
 
-    /// One of them in the text: its name, what it is, and what the label tells apart.
+    /// The head of one metric in the text.
     struct Metric {
         name: &'static str,
         kind: &'static str,
@@ -4117,8 +4134,8 @@ mod metrics {
             let _ = writeln!(text, "# TYPE nix_relay_{name} {kind}");
         }
 
-        /// All its series. They are there from the start: without a zero before it, the first
-        /// event is no increase.
+        /// Writes all series of a metric. They exist from the start: Prometheus sees no increase
+        /// without a zero before it.
         fn series<L: Display>(
             &self,
             text: &mut String,
@@ -4211,18 +4228,19 @@ mod metrics {
         let _ = writeln!(text, "nix_relay_session_seconds_count {sessions}");
     }
 
-    /// After accept(2) has failed.
+    /// How long to wait after a failure.
     const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
-    /// Nothing heard for so long, and the kernel asks a scraper for a sign of life; it gives up
-    /// after twice as long.
+    /// When nothing has come from a scraper for this long, the kernel asks whether it is there.
+    /// It gives up after twice as long.
     const KEEPALIVE: Duration = Duration::from_secs(30);
     const SEND_TIMEOUT: Duration = Duration::from_secs(1);
-    /// Between two looks at whether a thread of tiny_http has panicked.
+    /// How often to check whether a thread of tiny_http has panicked.
     const LIVENESS_CHECK: Duration = Duration::from_secs(1);
 
-    /// Serves `/metrics` and `/healthz`, for ever. tiny_http's own thread ends with the first
-    /// accept(2) that fails, and panics where there are no descriptors or threads, which nobody
-    /// is told; nor can a server begin without a thread. It is then made anew.
+    /// Serves `/metrics` and `/healthz` for ever. tiny_http's accept thread ends with the first
+    /// accept(2) that fails, and panics without telling anybody if there are no descriptors or
+    /// threads; nor can a server start without a thread. So the server is made anew whenever it
+    /// breaks.
     pub fn serve(listener: &TcpListener, is_draining: impl Fn() -> bool) {
         limit_silence(listener);
         let panicked = Arc::new(AtomicBool::new(false));
@@ -4255,15 +4273,15 @@ mod metrics {
         Ok(())
     }
 
-    /// tiny_http waits for ever for a scraper that vanishes. Its sockets have these from the
-    /// listener.
+    /// tiny_http would wait for ever for a scraper that has vanished. Its sockets inherit these
+    /// options from the listener.
     fn limit_silence(listener: &TcpListener) {
         use rustix::net::sockopt;
         let _ = sockopt::set_socket_keepalive(listener, true);
         let _ = sockopt::set_tcp_keepidle(listener, KEEPALIVE);
         let _ = sockopt::set_tcp_keepintvl(listener, KEEPALIVE);
         let _ = sockopt::set_tcp_user_timeout(listener, 2 * KEEPALIVE.as_millis() as u32);
-        // Nor may one that reads nothing hold the thread that answers.
+        // Nor may a scraper that does not read hold the thread that answers.
         let _ = sockopt::set_socket_timeout(listener, sockopt::Timeout::Send, Some(SEND_TIMEOUT));
     }
 
@@ -4287,12 +4305,12 @@ mod metrics {
         {
             response.add_header(allow);
         }
-        // A scraper that left hears nothing.
+        // A scraper that has left does not hear this.
         let _ = request.respond(response);
     }
 }
 
-/// What every wait for a client, a child or another thread rests on: poll(2), with a limit.
+/// Every wait for a client, a child or another thread uses this: poll(2), with a limit.
 mod poll {
     use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
     use std::io::{self, Read};
@@ -4301,8 +4319,8 @@ mod poll {
     use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
     use std::time::{Duration, Instant};
 
-    /// Something that happens once, which any number of threads can wait for: eventfd(2), never
-    /// read.
+    /// Something that happens once, and that any number of threads can wait for: an eventfd(2)
+    /// that is never read.
     pub struct Event {
         fd: OwnedFd,
         happened: AtomicBool,
@@ -4318,7 +4336,7 @@ mod poll {
             })
         }
 
-        /// Wakes all who wait, and all who will.
+        /// Wakes everybody who waits now or later.
         pub fn set(&self) {
             self.happened.store(true, SeqCst);
             let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
@@ -4328,12 +4346,12 @@ mod poll {
             self.happened.load(SeqCst)
         }
 
-        /// To wait for it beside others.
+        /// To wait for this along with other things.
         pub fn poll_fd(&self) -> PollFd<'_> {
             PollFd::new(&self.fd, PollFlags::IN)
         }
 
-        /// Waits for it alone, at most until the time has come.
+        /// Waits for this alone, at most until `until`.
         pub fn wait(&self, until: Option<Instant>) {
             while !self.is_set() && until.is_none_or(|until| Instant::now() < until) {
                 ready([Some(self.poll_fd())], until);
@@ -4341,16 +4359,16 @@ mod poll {
         }
     }
 
-    /// Waits until a descriptor can be read or is broken. Otherwise false, at the deadline or
-    /// before it: callers loop.
+    /// Waits until a descriptor is readable or broken. Returns false at the deadline, or
+    /// earlier; callers loop.
     pub fn readable(fd: &impl AsFd, until: Instant) -> bool {
         let [ready] = ready([Some(PollFd::new(fd, PollFlags::IN))], Some(until));
         !ready.is_empty()
     }
 
-    /// Waits until a descriptor is ready for its events, or broken, which always counts; at most
-    /// until the time has come. Says what each is ready for. May return early, for example on a
-    /// signal; callers loop.
+    /// Waits until a descriptor is ready for its events or broken, at most until `until`.
+    /// Returns what each one is ready for. May return early, for example on a signal; callers
+    /// loop.
     pub fn ready<const N: usize>(
         fds: [Option<PollFd<'_>>; N],
         until: Option<Instant>,
@@ -4359,7 +4377,7 @@ mod poll {
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
 
-        // It fails when a signal comes and when memory is short. Both pass.
+        // This fails on a signal and when memory is short. Both pass.
         let _ = rustix::event::poll(&mut polled, timeout.as_ref());
 
         let mut answers = polled.iter().map(PollFd::revents);
@@ -4369,9 +4387,9 @@ mod poll {
         })
     }
 
-    /// Ends our side of a connection, and waits at most `limit` for the peer to end its own. What
-    /// it still sends is read: left unread, it would make the kernel send a reset, which can
-    /// overtake our last words.
+    /// Ends our side of a connection, and waits at most `limit` for the peer to end its own.
+    /// Reads what the peer still sends: if it were left unread, the kernel would send a reset,
+    /// which can overtake our last words.
     pub fn linger(mut socket: &TcpStream, limit: Duration) {
         let until = Instant::now() + limit;
         let mut open = socket.shutdown(Shutdown::Write).is_ok();
@@ -4383,7 +4401,7 @@ mod poll {
     }
 }
 
-/// What several modules need: requests to the web, text for the log, locks.
+/// What several modules need: requests to web servers, text for the log, locks.
 mod util {
     use serde_json::Value;
     use std::io::{self, ErrorKind};
@@ -4397,9 +4415,9 @@ mod util {
 
     const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
     const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
-    /// Of a text that somebody else chose, in the log.
+    /// The length of a text in the log that somebody else chose.
     const MAX_QUOTED_CHARS: usize = 256;
-    /// Where ureq finds a proxy: the first that is there.
+    /// The variables in which ureq looks for a proxy; the first that is set counts.
     const PROXY_VARIABLES: [&str; 6] = [
         "ALL_PROXY",
         "all_proxy",
@@ -4409,7 +4427,7 @@ mod util {
         "http_proxy",
     ];
 
-    /// Whether a URL is https, or http to this machine alone.
+    /// Whether a URL is https, or http to this machine.
     pub fn is_https_or_loopback(url: &str) -> bool {
         let uri: Uri = url.parse().unwrap_or_default();
         let host = uri.host().unwrap_or_default();
@@ -4428,8 +4446,8 @@ mod util {
             || address.is_ok_and(|address| address.is_loopback())
     }
 
-    /// The certificates of SSL_CERT_FILE, if it is set. None: Mozilla's, which are compiled in.
-    /// Fails with a line.
+    /// The certificates in SSL_CERT_FILE, if it is set. None stands for Mozilla's, which are
+    /// compiled in. Fails with a message.
     pub fn trusted_roots() -> Result<Option<Vec<Certificate<'static>>>, String> {
         let Some(path) = env::var_os("SSL_CERT_FILE").filter(|path| !path.is_empty()) else {
             return Ok(None);
@@ -4450,7 +4468,8 @@ mod util {
     }
 
     /// The proxy for https, as ureq reads it from the environment: ALL_PROXY, HTTPS_PROXY or
-    /// HTTP_PROXY in this order, and NO_PROXY. Fails with a line if one of them cannot be used.
+    /// HTTP_PROXY, in this order, and NO_PROXY. Fails with a message if one of them cannot be
+    /// used.
     pub fn proxy_from_env() -> Result<Option<Proxy>, String> {
         for name in PROXY_VARIABLES {
             let url = env::var(name).unwrap_or_default();
@@ -4464,9 +4483,8 @@ mod util {
         Ok(Proxy::try_from_env())
     }
 
-    /// For requests to `url`: past any proxy to this machine, without redirects and without
-    /// connections that are kept. Fails with a line if the environment has something that cannot
-    /// be used.
+    /// For requests to `url`. Uses no proxy for this machine, follows no redirects and keeps no
+    /// connections. Fails with a message if the environment holds something that cannot be used.
     pub fn web_agent(url: &str) -> Result<Agent, String> {
         let uri: Uri = url.parse().unwrap_or_default();
         let proxy = if is_loopback(uri.host().unwrap_or_default()) {
@@ -4491,7 +4509,7 @@ mod util {
         Ok(config.build().new_agent())
     }
 
-    /// The JSON at a URL. Fails with a line that names the URL.
+    /// The JSON at a URL. Fails with a message that names the URL.
     pub fn get_json(url: &str, deadline: Instant) -> Result<Value, String> {
         get(url, deadline).map_err(|e| format!("{url}: {e}"))
     }
@@ -4538,13 +4556,12 @@ mod util {
         parse_json(&body).map_err(|e| format!("not JSON, with Content-Type {content_type:?}: {e}"))
     }
 
-    /// JSON, behind a byte order mark if there is one (RFC 8259, section 8.1).
+    /// Parses JSON, after a byte order mark if there is one (RFC 8259, section 8.1).
     pub fn parse_json(text: &[u8]) -> serde_json::Result<Value> {
         serde_json::from_slice(text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(text))
     }
 
-    /// Text that a client or an issuer chose, fit for a line of the log: quoted, escaped, cut
-    /// short.
+    /// Prepares a text for the log that a client or an issuer chose: quoted, escaped and cut short.
     pub fn quoted(text: &str) -> String {
         format!(
             "{:?}",
@@ -4552,23 +4569,23 @@ mod util {
         )
     }
 
-    /// Text without terminal escapes (ECMA-48) and other control characters.
+    /// Removes terminal escapes (ECMA-48) and other control characters.
     pub fn without_escapes(text: &str) -> String {
         let mut plain = String::new();
         let mut chars = text.chars().peekable();
         while let Some(char) = chars.next() {
             match (char, chars.peek()) {
-                // A control sequence ends with a letter or the like,
+                // A control sequence ends with a letter or similar,
                 ('\u{1b}', Some('[')) => {
                     chars.next();
                     chars.find(|char| ('@'..='~').contains(char));
                 }
-                // a command to the operating system with BEL, or with an escape of its own,
+                // an operating system command with BEL or another escape,
                 ('\u{1b}', Some(']')) => {
                     chars.find(|char| ['\u{7}', '\u{1b}'].contains(char));
                     chars.next_if_eq(&'\\');
                 }
-                // and all others with the first character that is no intermediate.
+                // and everything else with the first character that is not an intermediate.
                 ('\u{1b}', _) => {
                     chars.find(|char| !(' '..='/').contains(char));
                 }
@@ -4579,7 +4596,7 @@ mod util {
         plain
     }
 
-    /// What an error of the system says, without its number.
+    /// What a system error says, without its number.
     pub fn system_words(e: &io::Error) -> String {
         match e.kind() {
             ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => "connection reset".into(),
@@ -4595,7 +4612,8 @@ mod util {
         Duration::from_secs(secs.into().into())
     }
 
-    /// A panic elsewhere must not become one here: what is behind these locks is valid at any time.
+    /// A panic elsewhere must not cause another here. What these locks protect is valid at any
+    /// time.
     pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
