@@ -3007,7 +3007,7 @@ mod copy {
     const MAX_REASON_BYTES: usize = 123;
     /// A peer that does not respond for so many keepalive intervals is gone.
     const KEEPALIVES: u32 = 3;
-    /// How long the peer may take to receive a Close.
+    /// How long the peer may take to receive a Close, and then to end its side of the connection.
     const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
     /// poll(2) reports a socket as writable when a third of its buffer is free. A slow peer may
     /// take very long to free that much, so we try without it.
@@ -3054,6 +3054,11 @@ mod copy {
                 standstill,
                 deadline,
             }
+        }
+
+        /// When it is over if the peer receives nothing from now on.
+        fn limit(&self) -> Instant {
+            self.deadline.min(Instant::now() + self.standstill)
         }
 
         /// For a peer that has only a Close to receive.
@@ -3488,29 +3493,30 @@ mod copy {
             }
         }
 
-        /// Sends a Close, after what is half sent, and waits at most `CLOSE_TIMEOUT` for the
-        /// socket to accept it. Once the peer has received everything, ends our side of the
-        /// connection, and waits as long for the peer to end its own.
+        /// Sends a Close, after what is half sent. Once the peer has received everything, or
+        /// `patience` is over, ends our side of the connection, and waits at most
+        /// `CLOSE_TIMEOUT` for the peer to end its own.
         pub fn close(&self, code: Option<CloseCode>, reason: &str, patience: &Patience) {
-            let until = Instant::now() + CLOSE_TIMEOUT;
             let reason = &reason[..reason.floor_char_boundary(MAX_REASON_BYTES)];
-            let frame = code.map(|code| CloseFrame {
+            let mut close = Some(code.map(|code| CloseFrame {
                 code,
                 reason: reason.into(),
-            });
-
-            let mut close = Some(frame);
-            let step = |peer: &mut WebSocket<Sending>| {
+            }));
+            let mut step = |peer: &mut WebSocket<Sending>| {
                 peer.flush()?;
                 close.take().map_or(Ok(()), |frame| peer.close(frame))
             };
-            let mut step = step;
+
+            let limit = patience.limit();
             while let Sent::Partly = self.attempt(&mut step) {
-                let socket = PollFd::new(&self.wire.socket, PollFlags::OUT);
-                let [writable] = poll::ready([Some(socket)], Some(until));
-                if writable.is_empty() && Instant::now() >= until {
+                if Instant::now() >= limit {
                     break;
                 }
+                let socket = PollFd::new(&self.wire.socket, PollFlags::OUT);
+                poll::ready(
+                    [Some(socket)],
+                    Some(limit.min(Instant::now() + LITTLE_ROOM_CHECK)),
+                );
             }
 
             self.drain(patience);
@@ -3523,7 +3529,6 @@ mod copy {
         /// received something. What the peer sends is read and dropped.
         fn drain(&self, patience: &Patience) {
             let mut socket = &*self.wire.socket;
-            let until = || patience.deadline.min(Instant::now() + patience.standstill);
             let room_in = |size: usize, until| {
                 // The kernel doubles this value, and has a smallest size.
                 let _ = sockopt::set_socket_send_buffer_size(&self.wire.socket, size / 2);
@@ -3534,7 +3539,7 @@ mod copy {
 
             let mut size = sockopt::socket_send_buffer_size(socket).unwrap_or(0);
             let mut ready = room_in(0, Instant::now());
-            let mut limit = until();
+            let mut limit = patience.limit();
             while !ready.intersects(BROKEN | PollFlags::OUT) && Instant::now() < limit {
                 ready = room_in(size, limit);
                 let is_open = !ready.contains(PollFlags::IN)
@@ -3545,7 +3550,7 @@ mod copy {
                 if ready.contains(PollFlags::OUT) && size > SMALLEST_BUFFER {
                     size -= size / 16;
                     ready.remove(PollFlags::OUT);
-                    limit = until();
+                    limit = patience.limit();
                 }
             }
         }
