@@ -218,12 +218,12 @@ tick() {
   if killed; then
     # The end of its input has websocat send a Close. This sees to it that it ends.
     kill "$input" 2>/dev/null || true
-    ((++orphaned < 5)) || kill -INT "$websocat" 2>/dev/null || true
+    ((++orphaned < 5)) || kill -KILL "$websocat" 2>/dev/null || true
   fi
   ! busy || silent=0
   ((keepalive == 0 || ++silent <= 3 * keepalive)) && return
   broken "no response from the relay for three keepalive intervals ($((3 * keepalive)) s)"
-  kill -INT "$websocat" 2>/dev/null || true
+  kill -KILL "$websocat" 2>/dev/null || true
 }
 
 # The first thing that went wrong is said, the rest follows from it.
@@ -252,7 +252,7 @@ supervise() {
     done
   done
   if [[ ! $connected ]]; then
-    kill -INT "$websocat" 2>/dev/null || true
+    kill -KILL "$websocat" 2>/dev/null || true
     error=${error:-no answer within 40 s; is it a relay that listens there?}
     error=${error#websocat: }
     no_session "$(shown "${error//WebSocketError: /}")"
@@ -306,5 +306,6 @@ session() {
 
 # Nix kills the program that it started as soon as it is done. That is this shell, which websocat outlives for as long as
 # it takes to see the end of its input, and to close the session.
-exec 3<&0 4>&1
-session 2>&1 | supervise || exit 1
+exec 3<&0 4>&1 6>&2
+# This shell would say that websocat was killed.
+{ session 2>&1 6>&- | supervise 2>&6 6>&-; } 2>/dev/null || exit 1

@@ -450,10 +450,12 @@ fn close(socket: &mut WebSocket<TcpStream>, code: u16, reason: &str) {
     while socket.read().is_ok() {}
 }
 
-/// client.sh with a token, for what listens at an address.
+/// client.sh with a token, for what listens at an address; as in the background of a script, where SIGINT is ignored.
 fn client_at(address: SocketAddr, home: &Dir) -> Command {
-    let mut command = job(project("client.sh"), home);
+    let mut command = job("sh", home);
     command
+        .args(["-c", "trap '' INT; exec \"$0\""])
+        .arg(project("client.sh"))
         .env("NIX_RELAY_URL", format!("ws://{address}"))
         .env("NIX_RELAY_TOKEN", "token");
     command
