@@ -150,6 +150,7 @@ fn serve(config: Config, issuers: oidc::Issuers) -> io::Result<()> {
     let grace = Duration::from_secs(config.server.shutdown_grace_secs.into());
     let relay = Arc::new(Relay::new(config, issuers)?);
 
+    watch_signals(relay.clone())?;
     relay.issuers.start()?;
     info!("relay listening address={}", listener.local_addr()?);
     let accepting = relay.clone();
@@ -159,7 +160,6 @@ fn serve(config: Config, issuers: oidc::Issuers) -> io::Result<()> {
     if !admin_listen.is_empty() {
         start_admin(&admin_listen, relay.clone())?;
     }
-    watch_signals(relay.clone())?;
 
     let _ = sd_notify::notify(&[NotifyState::Ready]);
     relay.draining.wait(None);
