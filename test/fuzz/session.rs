@@ -171,8 +171,9 @@ mod target {
         thread::scope(|scope| {
             scope.spawn(|| client(socket, &bytes[with_head..], understood - with_head, &data));
             session::run(config, opening, &served, daemon, closing).unwrap();
+            // The client waits for the end of the connection.
+            drop(served);
         });
-        drop(served);
         assert_eq!(held(), before);
     });
 }
