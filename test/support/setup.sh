@@ -2,7 +2,8 @@
 # shellcheck shell=bash
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-PATH=$PWD/target/tools/bin:$PATH
+# Debian keeps servers where only root looks.
+PATH=$PWD/target/tools/bin:$PATH:/usr/sbin
 
 # Whether something is there: a program, or one of two libraries.
 has() {
