@@ -34,6 +34,7 @@ for program in curl websocat cat sh; do
 done
 
 given=${NIX_RELAY_URL:-}
+while [[ $given == *[$'\r\n'] ]]; do given=${given%?}; done
 if ! [[ $given =~ $is_url ]]; then
   # A user name is not shown.
   [[ $given =~ $has_user ]] && given=${BASH_REMATCH[1]}${BASH_REMATCH[2]}

@@ -87,6 +87,9 @@ fn config_path(argument: Option<&OsString>) -> Option<PathBuf> {
 /// `nix-relay --check`. It does not listen, ask an issuer or open a key file, so it also works
 /// on another machine than the relay's.
 fn check(path: Option<PathBuf>) -> ExitCode {
+    for name in config::unknown_variables() {
+        eprintln!("nix-relay: warning: {name:?} is no setting of the relay; is it spelt right?");
+    }
     let loaded = config::load(path.as_deref());
     match loaded.and_then(|(_, effective)| oidc::check_environment().map(|()| effective)) {
         Ok(effective) => print(&effective),
@@ -104,6 +107,9 @@ fn relay(path: Option<PathBuf>) -> ExitCode {
     };
 
     start_log();
+    for name in config::unknown_variables() {
+        warn!("{name:?} is no setting of the relay; is it spelt right?");
+    }
     match serve(config, issuers) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
@@ -2580,7 +2586,8 @@ mod client {
     impl Relay {
         fn from_environment() -> Result<Relay, String> {
             let url = variable("NIX_RELAY_URL").unwrap_or_default();
-            let mut relay = Relay::parse(&url).ok_or_else(|| {
+            let url = url.trim_end_matches(['\r', '\n']);
+            let mut relay = Relay::parse(url).ok_or_else(|| {
                 let found = match url.rsplit('@').next() {
                     Some("") | None => "not set".to_owned(),
                     Some(url) => format!("'{}'", plain(url)),
@@ -3912,6 +3919,15 @@ mod config {
         let effective = toml::to_string(&config).map_err(|e| e.to_string())?;
         config.rules = config.auth.rules(&config.daemon.extra_args)?;
         Ok((config, effective))
+    }
+
+    /// The variables that look like settings of the relay, and are none: misspelt ones, probably.
+    pub fn unknown_variables() -> impl Iterator<Item = String> {
+        let known = |name: &str| {
+            name == "NIX_RELAY_CONFIG" || VARIABLES.iter().any(|(known, ..)| *known == name)
+        };
+        let names = env::vars_os().filter_map(|(name, _)| name.into_string().ok());
+        names.filter(move |name| name.starts_with("NIX_RELAY_") && !known(name))
     }
 
     /// Adds the default of each key that the file does not have.

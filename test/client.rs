@@ -523,6 +523,7 @@ fn urls() {
         command
     };
     who(&relay, &mut with(format!("ws://{}/", relay.address)));
+    who(&relay, &mut with(format!("ws://{}\r\n", relay.address)));
     who(
         &relay,
         &mut with(format!("ws://user:secret@{}", relay.address)),

@@ -574,12 +574,18 @@ fn check_neither_listens_nor_asks_the_issuer() {
     );
 }
 
-/// What NIX_RELAY_ variables there are besides ours is not for us to say.
+/// There may be others, so it changes nothing; but it may be one of ours, misspelt.
 #[test]
-fn a_variable_of_no_key_is_ignored() {
+fn a_variable_of_no_key_is_ignored_with_a_warning() {
     let mut other = check();
-    assert_eq!(
-        effective(other.env("NIX_RELAY_UNRELATED", "x")),
-        effective(&mut check())
-    );
+    let output = other.env("NIX_RELAY_MAX_CONNECTION", "5").output().unwrap();
+    assert_eq!(output.stdout, check().output().unwrap().stdout);
+    let said = String::from_utf8(output.stderr).unwrap();
+    let warning = "nix-relay: warning: \"NIX_RELAY_MAX_CONNECTION\" is no setting of the relay";
+    assert!(said.starts_with(warning), "{said}");
+
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).set("MAX_CONNECTION", "5").start();
+    let line = relay.log.wait("\"NIX_RELAY_MAX_CONNECTION\" is no setting");
+    assert!(line.contains(" WARN "), "{line}");
 }

@@ -174,6 +174,7 @@ fn each_token_source_in_its_order() {
         "repo:example-org/project:ref:refs/heads/main"
     );
     assert_eq!(who(command.env("NIX_RELAY_TOKEN", named("given"))), "given");
+    command.env("NIX_RELAY_URL", format!("ws://{}\r\n", relay.address));
     assert_eq!(
         who(command.env("NIX_RELAY_TOKEN", named("line") + "\r\n")),
         "line"
