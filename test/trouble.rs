@@ -309,5 +309,10 @@ fn what_nix_says() {
     let rows = rows.iter().filter(|row| row[0].starts_with("error: "));
     // Nix 2.16 and newer let such a client build.
     let rows = rows.filter(|row| nix_version() < (2, 16) || !row[0].contains("privileged"));
+    // Nix 2.26 fails at the directory of the test's store before that.
+    let other = said
+        .iter()
+        .any(|text| text.contains("error: path '/var' is not in the Nix store"));
+    let rows = rows.filter(|row| !other || !row[0].contains("command execution"));
     check(rows, &said);
 }
