@@ -186,10 +186,16 @@ fn start_admin(address: &str, relay: Arc<Relay>) -> io::Result<()> {
     })
 }
 
+/// Also watches SIGCHLD, only so that it is not ignored: if the program that started us ignores
+/// it, so would we, and the kernel would reap our children (waitpid(2)).
 fn watch_signals(relay: Arc<Relay>) -> io::Result<()> {
-    let mut signals = Signals::new([consts::SIGTERM, consts::SIGINT])?;
+    let mut signals = Signals::new([consts::SIGTERM, consts::SIGINT, consts::SIGCHLD])?;
     start("signals", move || {
-        signals.forever().for_each(|_| relay.stop())
+        for signal in signals.forever() {
+            if signal != consts::SIGCHLD {
+                relay.stop();
+            }
+        }
     })
 }
 

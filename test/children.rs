@@ -475,3 +475,16 @@ fn what_a_daemon_is_told() {
         "[--stdio]\n[--option=x]\n"
     );
 }
+
+/// A child inherits that SIGCHLD is ignored, and the kernel would then reap the child's own children.
+#[test]
+fn a_relay_that_was_started_with_sigchld_ignored() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer)
+        .daemon("exit 3")
+        .under("trap '' CHLD")
+        .start();
+    let (_, code, reason) = relay.connect(&issuer.token()).until_close();
+    assert_eq!(code, 1011);
+    assert_eq!(reason, "nix-daemon exited with status 3: it gave no reason");
+}
