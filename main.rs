@@ -87,8 +87,8 @@ fn config_path(argument: Option<&OsString>) -> Option<PathBuf> {
 /// `nix-relay --check`. It does not listen, ask an issuer or open a key file, so it also works
 /// on another machine than the relay's.
 fn check(path: Option<PathBuf>) -> ExitCode {
-    for name in config::unknown_variables() {
-        eprintln!("nix-relay: warning: {name:?} is no setting of the relay; is it spelt right?");
+    for warning in config::warnings() {
+        eprintln!("nix-relay: warning: {warning}");
     }
     let loaded = config::load(path.as_deref());
     match loaded.and_then(|(_, effective)| oidc::check_environment().map(|()| effective)) {
@@ -107,8 +107,8 @@ fn relay(path: Option<PathBuf>) -> ExitCode {
     };
 
     start_log();
-    for name in config::unknown_variables() {
-        warn!("{name:?} is no setting of the relay; is it spelt right?");
+    for warning in config::warnings() {
+        warn!("{warning}");
     }
     match serve(config, issuers) {
         Ok(()) => ExitCode::SUCCESS,
@@ -3927,13 +3927,15 @@ mod config {
         Ok((config, effective))
     }
 
-    /// The variables that look like settings of the relay, and are none: misspelt ones, probably.
-    pub fn unknown_variables() -> impl Iterator<Item = String> {
+    /// A sentence for each variable that looks like a setting of the relay and is none.
+    pub fn warnings() -> impl Iterator<Item = String> {
         let known = |name: &str| {
             name == "NIX_RELAY_CONFIG" || VARIABLES.iter().any(|(known, ..)| *known == name)
         };
         let names = env::vars_os().filter_map(|(name, _)| name.into_string().ok());
-        names.filter(move |name| name.starts_with("NIX_RELAY_") && !known(name))
+        names
+            .filter(move |name| name.starts_with("NIX_RELAY_") && !known(name))
+            .map(|name| format!("{name:?} is no setting of the relay; is it spelt right?"))
     }
 
     /// Adds the default of each key that the file does not have.
