@@ -2338,7 +2338,7 @@ mod client {
             );
         }
 
-        let connected = end_without_reader();
+        let connected = end_without_reader().map_err(|e| format!("cannot start a thread: {e}"))?;
         let session = connect(&relay, secrets, secs(budget))?;
         connected.store(true, Ordering::Relaxed);
         copy(session, keepalive).unwrap_or_else(|e| Err(e.to_string()))
@@ -2392,17 +2392,18 @@ mod client {
 
     /// Until there is a session, ends the process when nobody reads its output any more, which
     /// its waits and pauses would not notice.
-    fn end_without_reader() -> Arc<AtomicBool> {
+    fn end_without_reader() -> io::Result<Arc<AtomicBool>> {
         let connected = Arc::new(AtomicBool::new(false));
         let seen = connected.clone();
-        thread::spawn(move || {
+        let watch = move || {
             let stdout = io::stdout();
             let [gone] = poll::ready([Some(PollFd::new(&stdout, PollFlags::empty()))], None);
             if !gone.is_empty() && !seen.load(Ordering::Relaxed) {
                 process::exit(1);
             }
-        });
-        connected
+        };
+        thread::Builder::new().spawn(watch)?;
+        Ok(connected)
     }
 
     /// Opens a session, with as many attempts as there is time for, while they may help.
@@ -2746,7 +2747,7 @@ mod client {
         let deadline = Instant::now() + STEP_TIMEOUT;
         let place = (host.trim_matches(['[', ']']).to_owned(), port);
         let (sender, found) = mpsc::channel();
-        thread::spawn(move || sender.send(place.to_socket_addrs()));
+        thread::Builder::new().spawn(move || sender.send(place.to_socket_addrs()))?;
         let found = found.recv_timeout(STEP_TIMEOUT);
 
         let mut failure = io::Error::other(format!("cannot resolve {host}; is the name right?"));
