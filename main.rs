@@ -3004,13 +3004,15 @@ mod copy {
     use tungstenite::protocol::{CloseFrame, Role, WebSocket, WebSocketConfig};
     use tungstenite::{Bytes, Message};
 
-    /// How much is read from a pipe for one message. tungstenite copies it to a buffer that
-    /// malloc places next to it. If the two were a whole number of pages apart, every load of
-    /// that copy would wait for a store.
-    const CHUNK_BYTES: usize = 62 << 10;
+    /// How much is read from a pipe for one message. What a program writes at once, often 32 or
+    /// 64 KiB, should go in one piece. But tungstenite copies the message to a buffer that malloc
+    /// places next to it, and if the two were a whole number of pages apart, every load of that
+    /// copy would wait for a store.
+    const CHUNK_BYTES: usize = 66 << 10;
     /// How much is read from the peer at a time. tungstenite clears this much memory before each
-    /// read.
+    /// read, and rustls returns no more than one record at a time.
     const READ_BYTES: usize = 64 << 10;
+    const TLS_READ_BYTES: usize = 16 << 10;
     /// A larger message from the peer ends the session.
     const MAX_MESSAGE_BYTES: usize = 4 << 20;
     /// Room for pongs behind a message. If there is more to answer, only the last ping counts
@@ -3281,8 +3283,12 @@ mod copy {
             pipes: &Pipes,
             supervise: impl FnOnce(),
         ) -> io::Result<()> {
+            let read_bytes = match self.wire.tls {
+                None => READ_BYTES,
+                Some(_) => TLS_READ_BYTES,
+            };
             let limits = WebSocketConfig::default()
-                .read_buffer_size(READ_BYTES)
+                .read_buffer_size(read_bytes)
                 .max_message_size(Some(MAX_MESSAGE_BYTES))
                 .max_frame_size(Some(MAX_MESSAGE_BYTES));
             let wire = Receiving(self.wire.clone());
