@@ -4044,6 +4044,7 @@ mod config {
 /// listener answers whatever happens on the relay's own: the two share only the counters.
 mod metrics {
     use log::warn;
+    use std::collections::VecDeque;
     use std::error::Error;
     use std::fmt::{Display, Write};
     use std::net::TcpListener;
@@ -4270,24 +4271,28 @@ mod metrics {
     /// It gives up after twice as long.
     const KEEPALIVE: Duration = Duration::from_secs(30);
     const SEND_TIMEOUT: Duration = Duration::from_secs(1);
-    /// How often to check whether a thread of tiny_http has panicked.
+    /// How often to look for requests to a broken server, and whether another one has broken.
     const LIVENESS_CHECK: Duration = Duration::from_secs(1);
+    type ServerError = Box<dyn Error + Send + Sync>;
+    /// How many servers are kept for those who are connected to them.
+    const MAX_SERVERS: usize = 64;
 
     /// Serves `/metrics` and `/healthz` for ever. tiny_http's accept thread ends with the first
     /// accept(2) that fails, and panics without telling anybody if there are no descriptors or
-    /// threads; nor can a server start without a thread. So the server is made anew whenever it
-    /// breaks.
+    /// threads; nor can a server start without a thread. So another server is started whenever
+    /// one breaks. Those who are connected to a broken one are still answered.
     pub fn serve(listener: &TcpListener, is_draining: impl Fn() -> bool) {
         limit_silence(listener);
-        let panicked = Arc::new(AtomicBool::new(false));
-        let (note, report) = (panicked.clone(), panic::take_hook());
-        panic::set_hook(Box::new(move |panic| {
-            note.store(true, Relaxed);
-            report(panic);
-        }));
+        let panicked = note_panics();
+        let mut servers = VecDeque::new();
 
         loop {
-            let serving = || serve_until_broken(listener, &panicked, &is_draining);
+            let serving = || {
+                answer_waiting(servers.iter(), &is_draining);
+                servers.push_front(start_server(listener)?);
+                servers.truncate(MAX_SERVERS);
+                serve_until_broken(&servers, &panicked, &is_draining)
+            };
             if let Ok(Err(e)) = panic::catch_unwind(AssertUnwindSafe(serving)) {
                 warn!("cannot serve metrics error={e:?}");
             }
@@ -4295,18 +4300,51 @@ mod metrics {
         }
     }
 
+    /// Returns a flag that is set when tiny_http's accept thread panics. That thread has no name.
+    /// Those of its pool have none either, and may panic later, because of a lock that it held.
+    fn note_panics() -> Arc<AtomicBool> {
+        let panicked = Arc::new(AtomicBool::new(false));
+        let (note, report) = (panicked.clone(), panic::take_hook());
+        panic::set_hook(Box::new(move |panic| {
+            let words = panic.payload_as_str().unwrap_or_default();
+            if thread::current().name().is_none() && !words.contains("PoisonError") {
+                note.store(true, Relaxed);
+            }
+            report(panic);
+        }));
+        panicked
+    }
+
+    /// Fails if there are no descriptors for the server and a connection, which would break it.
+    fn start_server(listener: &TcpListener) -> Result<Server, ServerError> {
+        let _spare = [listener.try_clone()?, listener.try_clone()?];
+        Server::from_listener(listener.try_clone()?, None)
+    }
+
+    /// Returns when the first server accepts no more connections. The others are broken already.
     fn serve_until_broken(
-        listener: &TcpListener,
+        servers: &VecDeque<Server>,
         panicked: &AtomicBool,
         is_draining: &impl Fn() -> bool,
-    ) -> Result<(), Box<dyn Error + Send + Sync>> {
-        let server = Server::from_listener(listener.try_clone()?, None)?;
+    ) -> Result<(), ServerError> {
         while !panicked.swap(false, Relaxed) {
-            if let Some(request) = server.recv_timeout(LIVENESS_CHECK)? {
+            if let Some(request) = servers[0].recv_timeout(LIVENESS_CHECK)? {
+                answer(request, is_draining());
+            }
+            answer_waiting(servers.iter().skip(1), is_draining);
+        }
+        Ok(())
+    }
+
+    fn answer_waiting<'a>(
+        servers: impl Iterator<Item = &'a Server>,
+        is_draining: &impl Fn() -> bool,
+    ) {
+        for server in servers {
+            while let Ok(Some(request)) = server.try_recv() {
                 answer(request, is_draining());
             }
         }
-        Ok(())
     }
 
     /// tiny_http would wait for ever for a scraper that has vanished. Its sockets inherit these

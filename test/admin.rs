@@ -2,7 +2,7 @@
 
 use crate::support::*;
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::{Command, Stdio};
 
@@ -265,7 +265,18 @@ fn a_flood_of_the_relays_own_listener() {
     assert!(get(relay.admin(), "/healthz").ends_with("\r\n\r\nok\n"));
 }
 
-/// A connection takes several, so that they can run out at any step of it.
+/// Asks for `/healthz` once more, on a connection that stays.
+fn ask_again(mut kept: &TcpStream) {
+    kept.write_all(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n")
+        .unwrap();
+    let (mut answer, mut byte) = (Vec::new(), [0]);
+    while !answer.ends_with(b"\r\n\r\nok\n") {
+        kept.read_exact(&mut byte).expect("an answer");
+        answer.push(byte[0]);
+    }
+}
+
+/// A connection takes several, so that they can run out at any step of it. One that was there before goes on.
 #[test]
 fn a_moment_without_descriptors() {
     let issuer = Issuer::start();
@@ -273,6 +284,8 @@ fn a_moment_without_descriptors() {
         let limits = format!("ulimit -n {limit}");
         let relay = setup(&issuer).under(&limits).start();
         let (before, admin) = (relay.at_rest(), relay.admin());
+        let (kept, unused) = (tcp(admin), tcp(admin));
+        ask_again(&kept);
         let silent: Vec<TcpStream> = (0..100).map(|_| tcp(admin)).collect();
         eventually("they run out", LIMIT, || relay.resources().1 > limit - 5);
         drop(silent);
@@ -280,6 +293,9 @@ fn a_moment_without_descriptors() {
             let answer = get(admin, "/healthz");
             assert!(answer.ends_with("\r\n\r\nok\n"), "{answer}");
         }
+        ask_again(&kept);
+        ask_again(&unused);
+        drop((kept, unused));
         relay.back_to(before);
         relay.connect(&issuer.token()).close();
     }
@@ -291,6 +307,8 @@ fn a_moment_without_threads() {
     let (issuer, dir) = (Issuer::start(), Dir::new());
     let relay = crate::scarcity::with_few_threads(setup(&issuer), &dir).start();
     let (before, admin) = (relay.at_rest(), relay.admin());
+    let kept = tcp(admin);
+    ask_again(&kept);
     relay.limit("--nproc=1:24");
     let mut silent = Vec::new();
     eventually("a thread is missing", LIMIT, || {
@@ -304,6 +322,8 @@ fn a_moment_without_threads() {
         let answer = get(admin, "/healthz");
         assert!(answer.ends_with("\r\n\r\nok\n"), "{answer}");
     }
+    ask_again(&kept);
+    drop(kept);
     relay.back_to(before);
 }
 
