@@ -41,6 +41,10 @@ Carries the Nix worker protocol from a WebSocket to nix-daemon, for callers with
 /// and a little more.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(19);
 
+/// How many new connections may wait to be accepted. Once they are more, the kernel drops what
+/// comes, and a client tries again only a second later. std would set 128.
+const BACKLOG: i32 = 4096;
+
 fn main() -> ExitCode {
     let arguments: Vec<OsString> = env::args_os().skip(1).collect();
     let words: Vec<_> = arguments
@@ -201,7 +205,9 @@ fn watch_signals(relay: Arc<Relay>) -> io::Result<()> {
 
 fn listen(address: &str) -> io::Result<TcpListener> {
     let failed = |e| io::Error::other(format!("cannot listen on {address}: {e}"));
-    TcpListener::bind(address).map_err(failed)
+    let listener = TcpListener::bind(address).map_err(failed)?;
+    rustix::net::listen(&listener, BACKLOG)?;
+    Ok(listener)
 }
 
 /// The socket that systemd listens on for us, if it does (sd_listen_fds(3)).

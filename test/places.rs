@@ -393,3 +393,16 @@ fn who_waits_for_a_permit_survives_a_flood() {
     });
     drop(silent);
 }
+
+/// The kernel would drop those for whom there is no room, and they try again only a second later.
+#[test]
+fn a_burst_waits_to_be_accepted() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).start();
+    relay.signal("STOP");
+    let connect = |_| TcpStream::connect_timeout(&relay.address, AT_ONCE).expect("room");
+    let burst: Vec<TcpStream> = (0..1000).map(connect).collect();
+    relay.signal("CONT");
+    drop(burst);
+    answers(relay.address, HEALTHZ, "200");
+}
