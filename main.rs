@@ -1830,11 +1830,13 @@ mod session {
             source_ended: Some(daemon.exited.as_fd()),
             sink: daemon.stdin.as_fd(),
         };
+        // Whoever has the 101 is counted.
+        metrics::SESSIONS_ACTIVE.add(1);
         link.run(&opening.upgrade, opening.rest, &pipes, || {
             info!("session opened session={number} {}", opening.client);
-            metrics::SESSIONS_ACTIVE.add(1);
             supervisor.run(&daemon.exited, &mut daemon.process);
-        })?;
+        })
+        .inspect_err(|_| metrics::SESSIONS_ACTIVE.sub(1))?;
 
         let ending = Ending::of(link.end());
         let patience = Patience::new(config.server.keepalive_secs, deadline);
