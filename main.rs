@@ -2997,35 +2997,37 @@ mod copy {
     use crate::metrics;
     use crate::poll::{self, Event};
     use crate::util::{self, lock};
+    use rustix::buffer::spare_capacity;
     use rustix::event::{PollFd, PollFlags};
     use rustix::io::Errno;
     use rustix::net::sockopt;
+    use rustix::rand::{GetRandomFlags, getrandom};
     use std::io::{self, ErrorKind, Read, Write};
     use std::net::TcpStream;
+    use std::ops::Range;
     use std::os::fd::BorrowedFd;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
     use std::sync::{Arc, Mutex, OnceLock};
     use std::thread;
     use std::time::{Duration, Instant};
     use tungstenite::error::{CapacityError, Error, ProtocolError};
-    use tungstenite::protocol::frame::coding::CloseCode;
+    use tungstenite::protocol::frame::coding::{CloseCode, Control, Data, OpCode};
+    use tungstenite::protocol::frame::{Frame, FrameHeader};
     use tungstenite::protocol::{CloseFrame, Role, WebSocket, WebSocketConfig};
     use tungstenite::{Bytes, Message};
 
     /// How much is read from a pipe for one message. What a program writes at once, often 32 or
-    /// 64 KiB, should go in one piece. But tungstenite copies the message to a buffer that malloc
-    /// places next to it, and if the two were a whole number of pages apart, every load of that
-    /// copy would wait for a store.
-    const CHUNK_BYTES: usize = 66 << 10;
+    /// 64 KiB, goes in one piece.
+    const CHUNK_BYTES: usize = 64 << 10;
+    /// Room for a frame's header before its payload: 14 bytes are the most (RFC 6455, section
+    /// 5.2), and 16 leave the payload aligned.
+    const HEADER_BYTES: usize = 16;
     /// How much is read from the peer at a time. tungstenite clears this much memory before each
-    /// read, and rustls returns no more than one record at a time.
+    /// read. rustls returns no more than one record.
     const READ_BYTES: usize = 64 << 10;
     const TLS_READ_BYTES: usize = 16 << 10;
     /// A larger message from the peer ends the session.
     const MAX_MESSAGE_BYTES: usize = 4 << 20;
-    /// Room for pongs behind a message. If there is more to answer, only the last ping counts
-    /// (RFC 6455, section 5.5.3).
-    const MAX_PONG_BYTES: usize = 4 << 10;
     /// RFC 6455, section 5.5: a control frame holds 125 bytes, and the code of a Close takes two
     /// of them.
     const MAX_REASON_BYTES: usize = 123;
@@ -3208,22 +3210,91 @@ mod copy {
         }
     }
 
-    /// The half that writes.
-    struct Sending(Arc<Wire>);
+    /// The half that writes. A `WebSocket` of tungstenite would copy each message once more.
+    struct Sending {
+        wire: Arc<Wire>,
+        role: Role,
+        /// One frame, and what the socket has yet to accept of it.
+        buffer: Vec<u8>,
+        unsent: Range<usize>,
+        /// To be sent after that frame. If there is more to answer, only the last ping counts
+        /// (RFC 6455, section 5.5.3).
+        pong: Option<Bytes>,
+    }
 
-    impl Write for Sending {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.write(bytes)
+    impl Sending {
+        /// Sends what there is to send.
+        fn flush(&mut self) -> io::Result<()> {
+            loop {
+                while !self.unsent.is_empty() {
+                    match self.wire.write(&self.buffer[self.unsent.clone()])? {
+                        0 => return Err(ErrorKind::WriteZero.into()),
+                        length => self.unsent.start += length,
+                    }
+                }
+                self.wire.flush()?;
+                match self.pong.take() {
+                    Some(payload) => self.control(Control::Pong, &payload)?,
+                    None => return Ok(()),
+                }
+            }
         }
 
-        fn flush(&mut self) -> io::Result<()> {
-            self.0.flush()
+        /// Makes a message of what a pipe holds. Everything before must be sent.
+        fn read(&mut self, source: BorrowedFd) -> Result<usize, Errno> {
+            self.clear();
+            let length = rustix::io::read(source, spare_capacity(&mut self.buffer))?;
+            if length > 0 {
+                self.frame(OpCode::Data(Data::Binary))?;
+            }
+            Ok(length)
+        }
+
+        /// Makes a control frame. Everything before must be sent.
+        fn control(&mut self, control: Control, payload: &[u8]) -> Result<(), Errno> {
+            self.clear();
+            self.buffer.extend_from_slice(payload);
+            self.frame(OpCode::Control(control))
+        }
+
+        fn clear(&mut self) {
+            self.buffer.clear();
+            self.buffer.resize(HEADER_BYTES, 0);
+        }
+
+        /// Makes the payload in the buffer a frame (RFC 6455, section 5.2). Fails without
+        /// randomness.
+        fn frame(&mut self, opcode: OpCode) -> Result<(), Errno> {
+            let mut header = FrameHeader {
+                opcode,
+                ..FrameHeader::default()
+            };
+            let (room, payload) = self.buffer.split_at_mut(HEADER_BYTES);
+            if self.role == Role::Client {
+                let mut mask = [0; 4];
+                getrandom(&mut mask, GetRandomFlags::empty())?;
+                apply_mask(payload, mask);
+                header.mask = Some(mask);
+            }
+
+            let length = payload.len() as u64;
+            let start = HEADER_BYTES - header.len(length);
+            let written = header.format(length, &mut &mut room[start..]);
+            written.expect("a header has its length");
+            self.unsent = start..self.buffer.len();
+            Ok(())
         }
     }
 
-    impl Read for Sending {
-        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-            Err(ErrorKind::Unsupported.into())
+    /// RFC 6455, section 5.3.
+    fn apply_mask(payload: &mut [u8], mask: [u8; 4]) {
+        let key = u32::from_ne_bytes(mask);
+        let (words, rest) = payload.as_chunks_mut();
+        for word in words {
+            *word = (u32::from_ne_bytes(*word) ^ key).to_ne_bytes();
+        }
+        for (byte, key) in rest.iter_mut().zip(mask) {
+            *byte ^= key;
         }
     }
 
@@ -3247,7 +3318,7 @@ mod copy {
     pub struct Link {
         wire: Arc<Wire>,
         role: Role,
-        sending: Mutex<WebSocket<Sending>>,
+        sending: Mutex<Sending>,
         /// Whether the socket has yet to accept some of what was sent.
         unsent: AtomicBool,
         /// Whether `inward` is waiting for its pipe, and so reads nothing from the peer.
@@ -3263,10 +3334,13 @@ mod copy {
         /// Fails without descriptors.
         pub fn new(wire: Wire, role: Role) -> io::Result<Link> {
             let wire = Arc::new(wire);
-            let config = WebSocketConfig::default()
-                .write_buffer_size(0)
-                .max_write_buffer_size(CHUNK_BYTES + MAX_PONG_BYTES);
-            let sending = WebSocket::from_raw_socket(Sending(wire.clone()), role, Some(config));
+            let sending = Sending {
+                wire: wire.clone(),
+                role,
+                buffer: Vec::with_capacity(HEADER_BYTES + CHUNK_BYTES),
+                unsent: 0..0,
+                pong: None,
+            };
 
             Ok(Link {
                 wire,
@@ -3308,7 +3382,7 @@ mod copy {
                 let thread = |name: &str| thread::Builder::new().name(name.into());
                 // The lock keeps everybody from sending before the head, which waits until both
                 // threads exist.
-                let mut sending = lock(&self.sending);
+                let sending = lock(&self.sending);
                 let inward = move || self.inward(receiving, has_rest, pipes.sink);
                 let inward = thread("inward").spawn_scoped(scope, inward)?;
                 let outward = move || self.outward(pipes.source, pipes.source_ended);
@@ -3319,7 +3393,8 @@ mod copy {
                         return Err(e);
                     }
                 };
-                let _ = sending.get_mut().write_all(head);
+                // It is short, and a new socket has room for it.
+                let _ = self.wire.write(head);
                 drop(sending);
 
                 supervise();
@@ -3364,7 +3439,11 @@ mod copy {
                 let done = match message {
                     Ok(Message::Binary(payload)) => self.deliver(&payload, sink),
                     Ok(Message::Ping(payload)) => {
-                        owes_pong |= !self.send_control(Message::Pong(payload));
+                        let pong = |sending: &mut Sending| {
+                            sending.pong = Some(payload);
+                            sending.flush()
+                        };
+                        owes_pong |= !matches!(self.attempt(pong), Sent::All);
                         Ok(())
                     }
                     Ok(Message::Text(_)) => {
@@ -3389,7 +3468,7 @@ mod copy {
 
             let [socket, _] = poll::ready([Some(socket), Some(self.over())], None);
             if socket.contains(PollFlags::OUT) {
-                *owes_pong = !matches!(self.attempt(WebSocket::flush), Sent::All);
+                *owes_pong = !matches!(self.attempt(Sending::flush), Sent::All);
             }
         }
 
@@ -3432,23 +3511,29 @@ mod copy {
         /// Pipe → WebSocket.
         fn outward(&self, source: BorrowedFd, source_ended: Option<BorrowedFd>) {
             let _guard = EndOnPanic(self);
-            let mut chunk = Vec::with_capacity(CHUNK_BYTES);
             let mut ended = false;
 
             while self.end.get().is_none() {
-                match rustix::io::read(source, rustix::buffer::spare_capacity(&mut chunk)) {
-                    Ok(1..) => {
-                        let payload = Bytes::from(chunk);
-                        if !self.send(payload.clone()) {
-                            // The connection is broken or over, and `inward` finds out why.
-                            return;
-                        }
-                        // Nobody else holds the payload any more, so its memory can be used again.
-                        chunk = payload.into();
-                        chunk.clear();
+                let mut read = None;
+                let sent = self.attempt(|sending| {
+                    sending.flush()?;
+                    read = Some(sending.read(source));
+                    sending.flush()
+                });
+
+                if let Some(Ok(length)) = read {
+                    self.sent.fetch_add(length as u64, Relaxed);
+                    metrics::BYTES_OUT.add(length as u64);
+                }
+                match (sent, read) {
+                    // `inward` finds out why.
+                    (Sent::Broken, _) => return,
+                    (Sent::Partly, _) => {
+                        let until = Some(Instant::now() + LITTLE_ROOM_CHECK);
+                        poll::ready([Some(self.room()), Some(self.over())], until);
                     }
-                    Err(Errno::INTR) => {}
-                    Err(Errno::AGAIN) if !ended => {
+                    (Sent::All, None | Some(Ok(1..) | Err(Errno::INTR))) => {}
+                    (Sent::All, Some(Err(Errno::AGAIN))) if !ended => {
                         let source = PollFd::from_borrowed_fd(source, PollFlags::IN);
                         let on_end = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
                         let fds = [Some(source), source_ended.map(on_end), Some(self.over())];
@@ -3456,50 +3541,19 @@ mod copy {
                         // The source may have written something just before: look once more.
                         ended = !end.is_empty();
                     }
-                    _ => self.finish(End::SourceEnded),
+                    (Sent::All, Some(Ok(0) | Err(_))) => self.finish(End::SourceEnded),
                 }
             }
         }
 
-        /// Sends a message of data. Waits until the socket has accepted all of it or the session
-        /// is over. Returns whether it was sent.
-        fn send(&self, payload: Bytes) -> bool {
-            let length = payload.len() as u64;
-            let mut message = Some(Message::Binary(payload));
-
-            loop {
-                // After the flush the buffer is empty, so the message fits.
-                let sent = self.attempt(|peer| {
-                    peer.flush()?;
-                    message.take().map_or(Ok(()), |message| peer.send(message))
-                });
-                match sent {
-                    Sent::All => break,
-                    Sent::Partly if self.end.get().is_none() => {
-                        let socket = PollFd::new(&self.wire.socket, PollFlags::OUT);
-                        let until = Some(Instant::now() + LITTLE_ROOM_CHECK);
-                        poll::ready([Some(socket), Some(self.over())], until);
-                    }
-                    _ => return false,
-                }
-            }
-
-            self.sent.fetch_add(length, Relaxed);
-            metrics::BYTES_OUT.add(length);
-            true
-        }
-
-        /// Sends a ping or a pong. Returns whether the socket has accepted everything.
-        fn send_control(&self, message: Message) -> bool {
-            matches!(self.attempt(|peer| peer.send(message)), Sent::All)
+        /// Becomes writable when the socket has room.
+        fn room(&self) -> PollFd<'_> {
+            PollFd::new(&self.wire.socket, PollFlags::OUT)
         }
 
         /// Takes one step with the half that sends. What the socket does not accept stays in the
         /// buffer.
-        fn attempt(
-            &self,
-            step: impl FnOnce(&mut WebSocket<Sending>) -> tungstenite::Result<()>,
-        ) -> Sent {
+        fn attempt(&self, step: impl FnOnce(&mut Sending) -> io::Result<()>) -> Sent {
             let mut sending = lock(&self.sending);
             match step(&mut sending) {
                 Ok(()) => {
@@ -3509,8 +3563,7 @@ mod copy {
                     }
                     Sent::All
                 }
-                Err(Error::Io(e)) if e.kind() != ErrorKind::WouldBlock => Sent::Broken,
-                Err(Error::Io(_) | Error::WriteBufferFull(_)) => {
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
                     // From now on the peer must receive something.
                     if !self.unsent.swap(true, Relaxed) {
                         self.wire.note(&self.wire.taken);
@@ -3526,13 +3579,16 @@ mod copy {
         /// `CLOSE_TIMEOUT` for the peer to end its own.
         pub fn close(&self, code: Option<CloseCode>, reason: &str, patience: &Patience) {
             let reason = &reason[..reason.floor_char_boundary(MAX_REASON_BYTES)];
-            let mut close = Some(code.map(|code| CloseFrame {
+            let mut close = Some(Frame::close(code.map(|code| CloseFrame {
                 code,
                 reason: reason.into(),
-            }));
-            let mut step = |peer: &mut WebSocket<Sending>| {
-                peer.flush()?;
-                close.take().map_or(Ok(()), |frame| peer.close(frame))
+            })));
+            let mut step = |sending: &mut Sending| {
+                sending.flush()?;
+                if let Some(frame) = close.take() {
+                    sending.control(Control::Close, frame.payload())?;
+                }
+                sending.flush()
             };
 
             let limit = patience.limit();
@@ -3540,11 +3596,8 @@ mod copy {
                 if Instant::now() >= limit {
                     break;
                 }
-                let socket = PollFd::new(&self.wire.socket, PollFlags::OUT);
-                poll::ready(
-                    [Some(socket)],
-                    Some(limit.min(Instant::now() + LITTLE_ROOM_CHECK)),
-                );
+                let until = limit.min(Instant::now() + LITTLE_ROOM_CHECK);
+                poll::ready([Some(self.room())], Some(until));
             }
 
             self.drain(patience);
@@ -3654,12 +3707,11 @@ mod copy {
 
             if now >= self.next_ping {
                 self.next_ping = now + interval;
-                if link.unsent.load(Relaxed) {
-                    // A ping would only queue.
-                    link.attempt(WebSocket::flush);
-                } else {
-                    link.send_control(Message::Ping(Bytes::new()));
-                }
+                link.attempt(|sending| {
+                    sending.flush()?;
+                    sending.control(Control::Ping, &[])?;
+                    sending.flush()
+                });
             }
 
             let last_sign = if link.unsent.load(Relaxed) {

@@ -658,6 +658,19 @@ fn a_daemon_that_speaks_first() {
     }
 }
 
+/// The length decides what a frame's header and the end of its mask look like.
+#[test]
+fn messages_of_each_length() {
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let mut session = Session::start(&mut client_of(&relay, &issuer));
+    let text: String = ('a'..='z').cycle().take(1 << 17).collect();
+    for length in (1..10).chain(122..132).chain(65525..65545).chain([1 << 17]) {
+        assert!(session.echo(&text[..length]) == text[..length], "{length}");
+    }
+    session.end();
+}
+
 /// In chunks, and with what would turn or move the rest of the line.
 #[test]
 fn what_others_say_is_made_plain() {
