@@ -3024,7 +3024,7 @@ mod copy {
     const HEADER_BYTES: usize = 16;
     /// How much is read from the peer at a time. tungstenite clears this much memory before each
     /// read. rustls returns no more than one record.
-    const READ_BYTES: usize = 64 << 10;
+    const READ_BYTES: usize = 128 << 10;
     const TLS_READ_BYTES: usize = 16 << 10;
     /// A larger message from the peer ends the session.
     const MAX_MESSAGE_BYTES: usize = 4 << 20;
