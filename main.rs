@@ -3111,9 +3111,13 @@ mod copy {
         /// A connection. If `tls` is given, its handshake must be complete.
         pub fn new(
             socket: Arc<TcpStream>,
-            tls: Option<rustls::ClientConnection>,
+            mut tls: Option<rustls::ClientConnection>,
         ) -> io::Result<Wire> {
             socket.set_nonblocking(true)?;
+            if let Some(tls) = &mut tls {
+                // It should accept a frame whole.
+                tls.set_buffer_limit(Some(HEADER_BYTES + CHUNK_BYTES));
+            }
             Ok(Wire {
                 socket,
                 tls: tls.map(Mutex::new),
