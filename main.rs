@@ -204,10 +204,11 @@ fn watch_signals(relay: Arc<Relay>) -> io::Result<()> {
 }
 
 fn listen(address: &str) -> io::Result<TcpListener> {
-    let failed = |e| io::Error::other(format!("cannot listen on {address}: {e}"));
-    let listener = TcpListener::bind(address).map_err(failed)?;
-    rustix::net::listen(&listener, BACKLOG)?;
-    Ok(listener)
+    let listener = TcpListener::bind(address).and_then(|listener| {
+        rustix::net::listen(&listener, BACKLOG)?;
+        Ok(listener)
+    });
+    listener.map_err(|e| io::Error::other(format!("cannot listen on {address}: {e}")))
 }
 
 /// The socket that systemd listens on for us, if it does (sd_listen_fds(3)).
