@@ -251,11 +251,15 @@ struct Subject {
 /// Starts a server that runs this shell script for each connection.
 type Start<'a> = Box<dyn Fn(&str) -> Subject + 'a>;
 
-/// The columns of the tables without nix.
-fn subjects<'a>(issuer: &'a Issuer, options: &'a Options) -> Vec<(String, Start<'a>)> {
+/// The columns of the tables without nix. The relay has pipes for so many sessions at once.
+fn subjects<'a>(
+    issuer: &'a Issuer,
+    options: &'a Options,
+    sessions: &'a str,
+) -> Vec<(String, Start<'a>)> {
     let relay = |binary: fn(&Options) -> Command| -> Start<'a> {
         Box::new(move |script| {
-            let setup = Setup::of(binary(options), issuer).set("MAX_CONNECTIONS", "600");
+            let setup = Setup::of(binary(options), issuer).set("MAX_CONNECTIONS", sessions);
             let relay = setup.daemon(script).under("ulimit -n hard").start();
             Subject {
                 address: relay.address,
@@ -463,7 +467,7 @@ fn bench_daemon() -> String {
 fn raw(issuer: &Issuer, options: &Options) {
     let bytes: usize = if options.quick { 1 << 28 } else { 1 << 30 };
     let gib = bytes as f64 / (1 << 30) as f64;
-    let starts = subjects(issuer, options);
+    let starts = subjects(issuer, options, "32");
     let mut table = Table::new(starts.iter().map(|(name, _)| name.clone()).collect());
     let columns: Vec<[Subject; 2]> = starts
         .iter()
@@ -547,7 +551,7 @@ fn note_sessions(table: &mut Table, column: usize, subject: &Subject) {
 /// What a connection costs up to each of its steps.
 fn steps(issuer: &Issuer, options: &Options) {
     const CONNECTIONS: usize = 500;
-    let mut subjects = subjects(issuer, options);
+    let mut subjects = subjects(issuer, options, "32");
     subjects.retain(|(name, _)| name == "nix-relay" || name == "the other");
     let mut table = Table::new(subjects.iter().map(|(name, _)| name.clone()).collect());
     let subjects: Vec<Subject> = subjects
@@ -619,7 +623,7 @@ fn steps(issuer: &Issuer, options: &Options) {
 fn growth(issuer: &Issuer, options: &Options) {
     let bytes: usize = if options.quick { 1 << 29 } else { 1 << 30 };
     let gib = bytes as f64 / (1 << 30) as f64;
-    let starts = subjects(issuer, options);
+    let starts = subjects(issuer, options, "600");
     let mut table = Table::new(starts.iter().map(|(name, _)| name.clone()).collect());
     for run in 0..options.runs {
         for connections in [1, 8, 32, 128, 512] {
