@@ -262,6 +262,11 @@ fn a_key_fetch_does_not_hold_it() {
     thread::scope(|scope| {
         let waiting = scope.spawn(|| relay.upgrade(&format!("Authorization: Bearer {token}\r\n")));
         let _fetch = mute.accept().unwrap();
+        // The relay fetches at its start, too.
+        eventually("it is being served", LIMIT, || {
+            relay.has_thread("connection 1")
+        });
+        relay.exchange(b"GET /healthz HTTP/1.1\r\nHost: relay\r\n\r\n");
         relay.signal("TERM");
         let answer = waiting.join().unwrap();
         assert!(is_503(&answer), "{answer}");
