@@ -1842,8 +1842,8 @@ mod session {
         let ending = Ending::of(link.end());
         let patience = Patience::new(config.server.keepalive_secs, deadline);
         let (fate, detail) = end_both_sides(&link, &ending, daemon, number, &patience);
-        metrics::SESSIONS_ACTIVE.sub(1);
         metrics::add_session(ending.reason, start.elapsed());
+        metrics::SESSIONS_ACTIVE.sub(1);
         info!(
             "session ended session={number} reason={} detail={} secs={:.3} bytes_in={} \
              bytes_out={} exit={:?}",
