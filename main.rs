@@ -3268,7 +3268,7 @@ mod copy {
         }
 
         /// Makes the payload in the buffer a frame (RFC 6455, section 5.2). Fails without
-        /// randomness.
+        /// randomness, and then there is nothing to send.
         fn frame(&mut self, opcode: OpCode) -> Result<(), Errno> {
             let mut header = FrameHeader {
                 opcode,
@@ -3285,7 +3285,7 @@ mod copy {
             let length = payload.len() as u64;
             let start = HEADER_BYTES - header.len(length);
             let written = header.format(length, &mut &mut room[start..]);
-            written.expect("a header has its length");
+            written.map_err(|_| Errno::NOBUFS)?;
             self.unsent = start..self.buffer.len();
             Ok(())
         }
