@@ -19,6 +19,7 @@ rustPlatform.buildRustPackage {
     fileset = lib.fileset.unions [
       ../Cargo.lock
       ../Cargo.toml
+      ../client.rs
       ../client.sh
       ../config.example.toml
       ../main.rs

@@ -7,13 +7,14 @@ use std::fs;
 use std::process::Command;
 
 /// The files that Nix sees, where nothing else is.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 10] = [
     "Cargo.lock",
     "Cargo.toml",
     "client.sh",
     "config.example.toml",
     "flake.lock",
     "flake.nix",
+    "client.rs",
     "main.rs",
     "nix",
     "test",

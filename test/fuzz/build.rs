@@ -12,7 +12,7 @@ const OPENED: [&str; 4] = [
 
 fn main() {
     let (top, out) = (Path::new("../.."), env::var("OUT_DIR").unwrap());
-    for name in ["main.rs", "config.example.toml"] {
+    for name in ["main.rs", "client.rs", "config.example.toml"] {
         let from = top.join(name);
         println!("cargo::rerun-if-changed={}", from.display());
         let mut text = fs::read_to_string(from).unwrap();
