@@ -4,6 +4,6 @@
 }:
 pkgs.mkShell {
   packages = import ./tools.nix pkgs;
-  # For `cargo static`.
+  # For the static file of test/chroot.rs: this Rust has no musl target.
   buildInputs = [ pkgs.glibc.static ];
 }
