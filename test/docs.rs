@@ -3,8 +3,9 @@
 use crate::support::*;
 use std::fs;
 
-const PAGES: [&str; 5] = [
+const PAGES: [&str; 6] = [
     "README.md",
+    "SECURITY.md",
     "nix/README.md",
     "nix/operating.md",
     "nix/providers.md",
