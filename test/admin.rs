@@ -212,26 +212,28 @@ fn prometheus_can_read_them() {
     }
 }
 
-/// nix/alerts.yml, over metrics that there are.
+/// nix/alerts.yml, over metrics that there are, and what it makes of them.
 #[test]
 fn alert_rules() {
     let file = project("nix/alerts.yml");
     let rules = std::fs::read_to_string(&file).unwrap();
     let said = promtool(&["rules", file.to_str().unwrap()], "");
-    assert!(said.contains("SUCCESS: 5 rules found"), "{said}");
+    assert!(said.contains("SUCCESS: 6 rules found"), "{said}");
+    let mut cases = Command::new("promtool");
+    cases
+        .args(["test", "rules"])
+        .arg(project("test/alerts.yml"));
+    let output = cases.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
     let issuer = Issuer::start();
     let relay = setup(&issuer).start();
     let known = get(relay.admin(), "/metrics");
     // Each metric with its label, but for values that are patterns.
     let exprs = rules.lines().filter(|line| line.contains("expr: "));
-    for expr in exprs {
-        let (_, series) = expr.split_once('(').unwrap();
-        let series = series.split(['[', '~']).next().unwrap();
-        let series = series.trim_end_matches('=');
-        assert!(
-            known.contains(&format!("\n{series}")),
-            "no {series} in {known}"
-        );
+    for series in exprs.flat_map(|expr| expr.split("nix_relay_").skip(1)) {
+        let series = series.split(['[', '~', ' ']).next().unwrap();
+        let series = format!("\nnix_relay_{}", series.trim_end_matches('='));
+        assert!(known.contains(&series), "no {series} in {known}");
     }
 }
 
