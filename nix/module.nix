@@ -10,33 +10,47 @@ let
   cfg = config.services.nix-relay;
   toml = pkgs.formats.toml { };
 
-  # The file from which the binary has its defaults.
+  # What this repository says of each key has the defaults of the binary.
   defaults = lib.importTOML ../config.example.toml;
-  get =
-    table: key:
-    let
-      value = cfg.settings.${table}.${key};
-    in
-    if value == null then defaults.${table}.${key} else value;
+  keys =
+    table: lib.mapAttrs (name: option: mkOption ({ default = defaults.${table}.${name}; } // option));
+  seconds = description: {
+    type = types.ints.unsigned;
+    inherit description;
+  };
+  seconds' = description: {
+    type = types.ints.positive;
+    inherit description;
+  };
+  # For what a rule need not say.
+  perhaps =
+    type: description:
+    mkOption {
+      type = types.nullOr type;
+      default = null;
+      inherit description;
+    };
 
-  listen = get "server" "listen";
+  inherit (cfg.settings.server) listen admin_listen;
   # Host and port; null if it is not that.
-  address =
+  parse =
+    text:
     let
-      parts = builtins.match "(.+):0*([1-9][0-9]{0,4})" listen;
+      parts = builtins.match "(.+):0*([1-9][0-9]{0,4})" text;
     in
     if parts == null || port parts > 65535 then null else parts;
   port = parts: lib.toInt (lib.last parts);
+  address = parse listen;
+  # Only root may listen there.
+  isReserved = parts: parts != null && port parts < 1024;
   isLocal =
     address != null && builtins.match "127\\..*|localhost|\\[::1]" (builtins.head address) != null;
   # systemd looks up no names.
   isNumeric =
     address != null && builtins.match "[0-9.]+|\\[[0-9a-fA-F:.]+]" (builtins.head address) != null;
 
-  # What is not set is left to the binary.
-  isSet =
-    name: value:
-    value != null && !(name == "rule" && value == [ ]) && !(name == "jwks_files" && value == { });
+  # TOML has no null.
+  isSet = _: value: value != null;
   written = lib.filterAttrsRecursive isSet (
     lib.recursiveUpdate cfg.settings { auth.rule = map (lib.filterAttrs isSet) cfg.settings.auth.rule; }
   );
@@ -46,13 +60,17 @@ let
     types.int
     types.bool
   ];
-  seconds =
-    description:
-    mkOption {
-      type = types.nullOr types.ints.unsigned;
-      default = null;
-      inherit description;
-    };
+
+  # Clients may be trusted because all users are.
+  trusted = config.nix.settings.trusted-users or [ ] ++ config.nix.settings.extra-trusted-users or [ ];
+
+  roots = "/nix/var/nix/gcroots/nix-relay";
+  keep = pkgs.writeShellScript "nix-relay-keep" ''
+    ${pkgs.coreutils}/bin/mkdir -p ${roots}
+    for path in $OUT_PATHS; do
+      ${pkgs.coreutils}/bin/ln -sfn "$path" "${roots}/''${path##*/}"
+    done
+  '';
 
   configFile =
     pkgs.runCommand "nix-relay.toml"
@@ -72,17 +90,13 @@ in
   options.services.nix-relay = {
     enable = lib.mkEnableOption "nix-relay, through which CI jobs that hold an OIDC token build on this machine";
 
-    package = mkOption {
-      type = types.package;
-      default = pkgs.callPackage ./package.nix { };
-      defaultText = lib.literalMD "nix-relay, built from where this module is";
-      description = "The nix-relay to run.";
-    };
+    # Where nixpkgs has it, `pkgs` is the first argument.
+    package = lib.mkPackageOption (import ./. { inherit pkgs; }) "nix-relay" { };
 
     settings = mkOption {
       description = ''
-        The configuration file; README.md of nix-relay says what each key means. What is not set here is what the
-        binary has for a default, but for `daemon.nix_daemon_path`, which comes from `nix.package`.
+        The configuration file. It is checked when the system is built. README.md of nix-relay and config.example.toml
+        say more of each key.
       '';
       example = {
         auth.allowed_org = "your-organisation";
@@ -91,29 +105,54 @@ in
       default = { };
       type = types.submodule {
         freeformType = toml.type;
-        options = {
-          server.listen = mkOption {
-            type = types.nullOr types.str;
-            default = null;
+        options.server = keys "server" {
+          listen = {
+            type = types.str;
+            default = if cfg.nginx.enable then "127.0.0.1:8080" else defaults.server.listen;
+            defaultText = lib.literalMD "`\"0.0.0.0:8080\"`, or `\"127.0.0.1:8080\"` with nginx";
             example = "[::]:8080";
             description = "Address or host name, and port.";
           };
-          server.shutdown_grace_secs = seconds "How long running sessions may go on after SIGTERM.";
-          daemon.timeout_secs = seconds "The longest session.";
-          daemon.queue_timeout_secs = seconds "How long a client may wait for a session to end.";
-          auth.allowed_org = mkOption {
-            type = types.nullOr types.str;
-            default = null;
+          admin_listen = {
+            type = types.str;
+            example = "127.0.0.1:9090";
+            description = "Address and port of `/healthz` and `/metrics`; empty for none.";
+          };
+          shutdown_grace_secs = seconds "How long running sessions may go on after SIGTERM.";
+          handshake_timeout_secs = seconds' "How long a client may take to send its request.";
+          keepalive_secs = seconds "Seconds between pings; 0 for none.";
+        };
+        options.auth = keys "auth" {
+          issuer = {
+            type = types.str;
+            example = "https://gitlab.example.com";
+            description = "Whose tokens count: exactly their `iss`.";
+          };
+          audience = {
+            type = types.str;
+            default =
+              if cfg.nginx.enable then "https://${cfg.nginx.domain}" else defaults.auth.audience;
+            defaultText = lib.literalMD "`\"api://nix-relay\"`, or `https://` and the domain with nginx";
+            example = "https://relay.example.com";
+            description = "What the `aud` of the tokens must be.";
+          };
+          allowed_org = {
+            type = types.str;
             example = "your-organisation";
             description = "Whose jobs may build here: the `repository_owner` of their tokens, letter case aside.";
           };
-          auth.jwks_files = mkOption {
+          jwks_cache_ttl_secs = seconds' "How long an issuer's keys are used before they are fetched again.";
+          jwks_files = {
             type = types.attrsOf types.path;
             default = { };
             example."https://kubernetes.default.svc" = "/etc/nix-relay/kubernetes.json";
-            description = "Files with the keys of issuers from which the relay cannot fetch them.";
+            description = ''
+              Files with the keys of issuers from which the relay cannot fetch them. A path of Nix, such as
+              `./kubernetes.json`, is there when the system is built. Without one that is given as text, the relay does
+              not start; it tries again every five seconds.
+            '';
           };
-          auth.rule = mkOption {
+          rule = {
             description = "Who else may; the first rule that matches decides.";
             default = [ ];
             type = types.listOf (
@@ -124,6 +163,8 @@ in
                   example = "main";
                   description = "What the log calls it.";
                 };
+                options.issuer = perhaps types.str "Whose tokens; `auth.issuer`, if left out.";
+                options.audience = perhaps types.str "Their `aud`; `auth.audience`, if left out.";
                 options.bound_claims = mkOption {
                   type = types.attrsOf (types.either claim (types.listOf claim));
                   default = { };
@@ -136,13 +177,31 @@ in
                   };
                   description = "What the claims of a token must be, all of them; nix/providers.md has patterns.";
                 };
-                options.max_connections = mkOption {
-                  type = types.nullOr types.ints.positive;
-                  default = null;
-                  description = "How many sessions those whom it lets in may have at once.";
-                };
+                options.extra_args = perhaps (types.listOf types.str) "nix-daemon's arguments; `daemon.extra_args`, if left out.";
+                options.max_connections = perhaps types.ints.positive "How many sessions those whom it lets in may have at once.";
               }
             );
+          };
+        };
+        options.daemon = keys "daemon" {
+          nix_daemon_path = {
+            type = types.str;
+            default = lib.getExe' config.nix.package "nix-daemon";
+            defaultText = lib.literalExpression "lib.getExe' config.nix.package \"nix-daemon\"";
+            description = "The program that each session gets.";
+          };
+          extra_args = {
+            type = types.listOf types.str;
+            description = "Its arguments.";
+          };
+          timeout_secs = seconds' "The longest session.";
+          max_connections = {
+            type = types.ints.positive;
+            description = "How many sessions there may be at once; operating.md says how to choose it.";
+          };
+          queue_timeout_secs = {
+            type = types.ints.between 0 30;
+            description = "How long a client may wait for a session to end, before it is told that all are in use and asks again.";
           };
         };
       };
@@ -151,7 +210,9 @@ in
     openFirewall = mkOption {
       type = types.bool;
       default = false;
-      description = "Whether the firewall lets the port of `settings.server.listen` be reached.";
+      description = ''
+        Whether the firewall lets the port of `settings.server.listen` be reached, where tokens arrive unencrypted.
+      '';
     };
 
     socketActivation = mkOption {
@@ -173,12 +234,24 @@ in
       '';
     };
 
+    keepResults = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 7;
+      description = ''
+        For how many days what has been built on this machine, by whomever, is a root of the garbage collector; null
+        lets the next `nix.gc.automatic`, or any client's `nix store gc`, take it. It is kept by Nix's
+        `post-build-hook`, of which there can be only one, and dropped by systemd-tmpfiles.
+      '';
+    };
+
     nginx.enable = mkOption {
       type = types.bool;
       default = false;
       description = ''
         Whether nginx does TLS for the relay, which then listens on loopback. The certificate is ACME's unless
-        `services.nginx.virtualHosts.<domain>` says otherwise.
+        `services.nginx.virtualHosts.<domain>` has `useACMEHost`, or `enableACME = false` and one of its own. That is
+        also where locations beside `/relay` may be added; without one, all else is 404.
       '';
     };
 
@@ -192,7 +265,7 @@ in
   config = lib.mkIf cfg.enable {
     assertions = [
       {
-        assertion = cfg.settings.auth.allowed_org != null || cfg.settings.auth.rule != [ ];
+        assertion = cfg.settings.auth.allowed_org != "" || cfg.settings.auth.rule != [ ];
         message = "Nobody could connect to nix-relay: set services.nix-relay.settings.auth.allowed_org to the organisation whose jobs may, or services.nix-relay.settings.auth.rule.";
       }
       {
@@ -202,6 +275,14 @@ in
       {
         assertion = address != null;
         message = "nix-relay cannot listen on \"${listen}\": set services.nix-relay.settings.server.listen to HOST:PORT or [IPV6]:PORT.";
+      }
+      {
+        assertion = isReserved address -> cfg.socketActivation;
+        message = "nix-relay is not root, and cannot listen on ${listen}, a port below 1024, by itself: set services.nix-relay.socketActivation to true, or services.nix-relay.settings.server.listen to another port.";
+      }
+      {
+        assertion = !isReserved (parse admin_listen);
+        message = "nix-relay is not root, and cannot listen on ${admin_listen}, a port below 1024: set services.nix-relay.settings.server.admin_listen to another port.";
       }
       {
         assertion = cfg.openFirewall -> !isLocal;
@@ -216,11 +297,15 @@ in
         message = "systemd cannot listen on the name in \"${listen}\" for nix-relay: set services.nix-relay.settings.server.listen to an IP address and port, or services.nix-relay.socketActivation to false.";
       }
     ];
-
-    services.nix-relay.settings = {
-      daemon.nix_daemon_path = lib.mkDefault (lib.getExe' config.nix.package "nix-daemon");
-      server.listen = lib.mkIf cfg.nginx.enable (lib.mkDefault "127.0.0.1:8080");
-    };
+    warnings =
+      lib.optional (cfg.openFirewall && !isLocal)
+        "services.nix-relay.openFirewall lets others reach ${listen}, where tokens arrive unencrypted and whoever reads one can use it: set services.nix-relay.nginx.enable instead, unless something else on the way does TLS and nobody else is in that network."
+      ++
+        lib.optional (!cfg.trustClients && builtins.any (user: user == "*" || user == "nix-relay") trusted)
+          "nix.settings.trusted-users has \"*\" or \"nix-relay\", so whoever comes through nix-relay can become root: name the users there, or set services.nix-relay.trustClients to say that this is meant."
+      ++
+        lib.optional (!config.nix.enable)
+          "nix.enable is false, so NixOS starts no nix-daemon for nix-relay and does not allow it to use one: see to it that one runs, that its allowed-users has nix-relay, and that services.nix-relay.settings.daemon.nix_daemon_path is its program.";
 
     users.users.nix-relay = {
       isSystemUser = true;
@@ -230,11 +315,19 @@ in
     nix.settings.extra-allowed-users = [ "nix-relay" ];
     nix.settings.extra-trusted-users = lib.mkIf cfg.trustClients [ "nix-relay" ];
 
+    # Of a link, only the time when it was made says how old it is: the garbage collector reads it.
+    nix.settings.post-build-hook = lib.mkIf (cfg.keepResults != null) keep;
+    systemd.tmpfiles.rules = lib.mkIf (cfg.keepResults != null) [
+      "d ${roots} 0755 root root m:${toString cfg.keepResults}d"
+    ];
+
     # The units of the package, with what is different here; all else is said there. Without `asDropin`, NixOS would
-    # make a unit of this alone where the package brings none, and run the relay as root.
+    # make a unit of this alone where the package brings none, and run the relay without what protects the machine. But
+    # a drop-in masks no unit.
     systemd.packages = [ cfg.package ];
     systemd.services.nix-relay = {
-      overrideStrategy = "asDropin";
+      overrideStrategy =
+        if config.systemd.services.nix-relay.enable then "asDropin" else "asDropinIfExists";
       wantedBy = [ "multi-user.target" ];
       requires = lib.mkIf cfg.socketActivation [ "nix-relay.socket" ];
       # At a switch, the old relay goes on until the new one can start.
@@ -251,8 +344,12 @@ in
           ""
           "${lib.getExe cfg.package} ${configFile}"
         ];
+        # As the package has it; so that it can be asked for here.
+        User = "nix-relay";
+        # The configuration was checked, so what is wrong is something that may yet come, such as a file of keys.
+        RestartPreventExitStatus = "";
         # After the grace, sessions have 19 seconds to end.
-        TimeoutStopSec = lib.mkDefault (get "server" "shutdown_grace_secs" + 30);
+        TimeoutStopSec = lib.mkDefault (cfg.settings.server.shutdown_grace_secs + 30);
       };
     };
     systemd.sockets.nix-relay = lib.mkIf cfg.socketActivation {
@@ -271,11 +368,14 @@ in
     services.nginx = lib.mkIf cfg.nginx.enable {
       enable = true;
       virtualHosts.${cfg.nginx.domain} = {
-        enableACME = lib.mkDefault true;
+        enableACME = lib.mkDefault (
+          config.services.nginx.virtualHosts.${cfg.nginx.domain}.useACMEHost == null
+        );
         forceSSL = lib.mkDefault true;
         # Tokens may be long.
         extraConfig = "large_client_header_buffers 4 16k;";
-        locations."/".return = "404";
+        # All of it gives way to one of the operator's own.
+        locations."/" = lib.mkDefault { return = "404"; };
         locations."= /relay" = {
           proxyPass = "http://${listen}";
           proxyWebsockets = true;
@@ -284,7 +384,8 @@ in
           # The longest session, and the wait before it.
           extraConfig =
             let
-              seconds = toString (get "daemon" "timeout_secs" + get "daemon" "queue_timeout_secs" + 60);
+              inherit (cfg.settings.daemon) timeout_secs queue_timeout_secs;
+              seconds = toString (timeout_secs + queue_timeout_secs + 60);
             in
             ''
               proxy_set_header X-Forwarded-For $remote_addr;

@@ -50,6 +50,8 @@ let
       "${environment.check} ${environment.written}";
     stdenv.buildPlatform.canExecute = _: true;
     stdenv.hostPlatform = "here";
+    coreutils = "/coreutils";
+    writeShellScript = name: text: "/${name}: ${text}";
   };
 
   # And as much of NixOS.
@@ -82,10 +84,16 @@ let
     in
     {
       wrong = map (a: a.message) (filter (a: !a.assertion) config.assertions);
+      inherit (config) warnings;
       toml = builtins.fromJSON (head start);
       ports = config.networking.firewall.allowedTCPPorts;
       nix = config.nix.settings;
-      inherit (config.systemd) packages services sockets;
+      inherit (config.systemd)
+        packages
+        services
+        sockets
+        tmpfiles
+        ;
       inherit unit;
       inherit (config) users;
       inherit (config.services) nginx;
@@ -131,6 +139,12 @@ let
       }
       // settings;
     };
+  no-nginx = {
+    enable = false;
+    virtualHosts = { };
+  };
+  # A machine that has more than the relay.
+  beside = relay: more: lib.recursiveUpdate relay more;
   timeouts =
     seconds:
     "proxy_set_header X-Forwarded-For $remote_addr;\n"
@@ -144,6 +158,29 @@ let
         "release-*"
       ];
       repository = "org/*";
+    };
+  };
+  everything = {
+    server = {
+      listen = "[::]:8081";
+      admin_listen = "127.0.0.1:9090";
+      shutdown_grace_secs = 3600;
+      handshake_timeout_secs = 5;
+      keepalive_secs = 0;
+    };
+    auth = {
+      issuer = "https://gitlab.example.com";
+      audience = "https://relay.example.com";
+      allowed_org = "org";
+      jwks_cache_ttl_secs = 60;
+      rule = [ rule ];
+    };
+    daemon = {
+      nix_daemon_path = "/other";
+      extra_args = [ ];
+      timeout_secs = 60;
+      max_connections = 1;
+      queue_timeout_secs = 0;
     };
   };
   full = {
@@ -160,10 +197,21 @@ let
           false
         ];
       };
+      audience = "https://other.example.com";
+      extra_args = [ "--stdio" ];
       max_connections = 4;
     };
   };
-  own.daemon.nix_daemon_path = "/nix/bin/nix-daemon";
+  # The defaults of the binary, but for this.
+  with-defaults = lib.recursiveUpdate (
+    lib.recursiveUpdate (lib.importTOML ../config.example.toml) {
+      daemon.nix_daemon_path = "/nix/bin/nix-daemon";
+      auth = {
+        jwks_files = { };
+        rule = [ ];
+      };
+    }
+  );
 
   # What is given; and what is seen then, where a function says whether it is right.
   situations = {
@@ -176,23 +224,23 @@ let
         services = { };
         sockets = { };
         nix = { };
-        nginx = { };
+        nginx = no-nginx;
+        warnings = [ ];
+        tmpfiles.rules = [ ];
       };
     };
     least = {
       given = settings { };
       seen = {
         wrong = [ ];
-        toml = own // {
-          auth.allowed_org = "org";
-          server = { };
-        };
+        warnings = [ ];
+        toml = with-defaults { auth.allowed_org = "org"; };
         reset = "";
         stop = 60;
         ports = [ ];
         packages = [ (package "nix-relay") ];
         nix.extra-allowed-users = [ "nix-relay" ];
-        nginx = { };
+        nginx = no-nginx;
         users = {
           groups.nix-relay = { };
           users.nix-relay = {
@@ -206,6 +254,7 @@ let
         unit =
           unit:
           unit.overrideStrategy == "asDropin"
+          && unit.serviceConfig.User == "nix-relay"
           && !unit ? requires
           && !unit.stopIfChanged
           && unit.wantedBy == [ "multi-user.target" ]
@@ -281,53 +330,18 @@ let
       };
     };
     everything = {
-      given = settings {
-        server = {
-          listen = "[::]:80";
-          shutdown_grace_secs = 3600;
-          keepalive_secs = 0;
-        };
-        auth = {
-          issuer = "https://gitlab.example.com";
-          rule = [ rule ];
-        };
-        daemon = {
-          nix_daemon_path = "/other";
-          extra_args = [ ];
-          timeout_secs = 60;
-          queue_timeout_secs = 0;
-        };
-      };
+      given = settings everything;
       seen = {
         wrong = [ ];
         stop = 3630;
-        toml = {
-          server = {
-            listen = "[::]:80";
-            shutdown_grace_secs = 3600;
-            keepalive_secs = 0;
-          };
-          auth = {
-            issuer = "https://gitlab.example.com";
-            rule = [ rule ];
-          };
-          daemon = {
-            nix_daemon_path = "/other";
-            extra_args = [ ];
-            timeout_secs = 60;
-            queue_timeout_secs = 0;
-          };
-        };
+        toml = with-defaults everything;
       };
     };
     rules-alone = {
       given = with' { settings.auth.rule = [ rule ]; };
       seen = {
         wrong = [ ];
-        toml = own // {
-          auth.rule = [ rule ];
-          server = { };
-        };
+        toml = with-defaults { auth.rule = [ rule ]; };
       };
     };
     all-that-a-rule-may-say = {
@@ -342,7 +356,7 @@ let
       };
       seen = {
         wrong = [ ];
-        toml = own // {
+        toml = with-defaults {
           auth = {
             inherit (full) jwks_files;
             rule = [
@@ -350,7 +364,6 @@ let
               rule
             ];
           };
-          server = { };
         };
       };
     };
@@ -394,10 +407,11 @@ let
       };
     };
     open-ipv4 = {
-      given = open "192.0.2.1:443";
+      given = open "192.0.2.1:1024";
       seen = {
         wrong = [ ];
-        ports = [ 443 ];
+        warnings = warned ".*192.0.2.1:1024, where tokens arrive unencrypted.* set services.nix-relay.nginx.enable .*";
+        ports = [ 1024 ];
       };
     };
     open-ipv6 = {
@@ -408,10 +422,10 @@ let
       };
     };
     open-name = {
-      given = open "relay.example.com:81";
+      given = open "relay.example.com:8081";
       seen = {
         wrong = [ ];
-        ports = [ 81 ];
+        ports = [ 8081 ];
       };
     };
     nginx = {
@@ -419,7 +433,9 @@ let
       seen = {
         wrong = [ ];
         ports = [ ];
-        toml = toml: toml.server.listen == "127.0.0.1:8080";
+        toml =
+          toml:
+          toml.server.listen == "127.0.0.1:8080" && toml.auth.audience == "https://relay.example.com";
         nginx =
           nginx:
           nginx.enable
@@ -438,7 +454,7 @@ let
     };
     nginx-elsewhere = {
       given = nginx {
-        server.listen = "[::1]:81";
+        server.listen = "[::1]:8081";
         daemon = {
           timeout_secs = 86400;
           queue_timeout_secs = 0;
@@ -447,7 +463,7 @@ let
       seen = {
         wrong = [ ];
         location =
-          location: location.proxyPass == "http://[::1]:81" && location.extraConfig == timeouts "86460";
+          location: location.proxyPass == "http://[::1]:8081" && location.extraConfig == timeouts "86460";
       };
     };
     nginx-own-certificate = {
@@ -463,7 +479,108 @@ let
         && nginx.virtualHosts."relay.example.com".forceSSL;
     };
 
+    nginx-own-audience = {
+      given = nginx {
+        auth = {
+          audience = "other";
+          allowed_org = "org";
+        };
+      };
+      seen.toml = toml: toml.auth.audience == "other";
+    };
+    nginx-certificate-of-another-name = {
+      given = beside (nginx { }) {
+        services.nginx.virtualHosts."relay.example.com".useACMEHost = "example.com";
+      };
+      seen.nginx =
+        nginx:
+        !nginx.virtualHosts."relay.example.com".enableACME
+        && nginx.virtualHosts."relay.example.com".forceSSL;
+    };
+    nginx-with-more-to-see = {
+      given = beside (nginx { }) {
+        services.nginx.virtualHosts."relay.example.com".locations."/".proxyPass = "http://127.0.0.1:3000";
+      };
+      seen = {
+        elsewhere.proxyPass = "http://127.0.0.1:3000";
+        location = location: location.proxyPass == "http://127.0.0.1:8080";
+      };
+    };
+    masked = {
+      given = beside (settings { }) { systemd.services.nix-relay.enable = false; };
+      seen = {
+        wrong = [ ];
+        unit = unit: !unit.enable && unit.overrideStrategy == "asDropinIfExists";
+      };
+    };
+    kept = {
+      given = with' {
+        keepResults = 7;
+        settings.auth.allowed_org = "org";
+      };
+      seen = {
+        wrong = [ ];
+        nix = nix: match ".*ln -sfn .*/nix/var/nix/gcroots/nix-relay/.*" nix.post-build-hook != null;
+        tmpfiles.rules = [ "d /nix/var/nix/gcroots/nix-relay 0755 root root m:7d" ];
+      };
+    };
+    reserved-port-of-systemd = {
+      given = with' {
+        socketActivation = true;
+        settings = {
+          auth.allowed_org = "org";
+          server.listen = "0.0.0.0:80";
+        };
+      };
+      seen.wrong = [ ];
+    };
+    everybody-is-trusted = {
+      given = beside (settings { }) { nix.settings.trusted-users = [ "*" ]; };
+      seen = {
+        wrong = [ ];
+        warnings = warned ".*trusted-users .* become root.* set services.nix-relay.trustClients .*";
+      };
+    };
+    everybody-is-trusted-as-well = {
+      given = beside (settings { }) { nix.settings.extra-trusted-users = [ "*" ]; };
+      seen.warnings = warned ".*trusted-users .*";
+    };
+    another-is-trusted = {
+      given = beside (settings { }) {
+        nix.settings.trusted-users = [
+          "root"
+          "@wheel"
+        ];
+      };
+      seen.warnings = [ ];
+    };
+    everybody-is-trusted-as-is-meant = {
+      given = {
+        nix.settings.trusted-users = [ "*" ];
+      }
+      // with' {
+        trustClients = true;
+        settings.auth.allowed_org = "org";
+      };
+      seen.warnings = [ ];
+    };
+    without-nix = {
+      given = beside (settings { }) { nix.enable = false; };
+      seen = {
+        wrong = [ ];
+        warnings = warned "nix.enable is false.* allowed-users .*";
+      };
+    };
+
     # Each assertion alone; its message names what to set.
+    reserved-port = {
+      given = listen "0.0.0.0:1023";
+      seen.wrong = wrong ".*0.0.0.0:1023, .* set services.nix-relay.socketActivation to true, .*";
+    };
+    reserved-admin-port = {
+      given = settings { server.admin_listen = "127.0.0.1:99"; };
+      seen.wrong = wrong ".*127.0.0.1:99, .* set .*server.admin_listen .*";
+    };
     nobody = {
       given = with' { };
       seen.wrong = wrong ".*set services.nix-relay.settings.auth.allowed_org .*";
@@ -518,20 +635,21 @@ let
       seen.wrong = wrong ".*set networking.firewall.allowedTCPPorts = \\[ 80 443 ].*";
     };
     nginx-in-the-open = {
-      given = nginx { server.listen = "0.0.0.0:80"; };
-      seen.wrong = wrong ".*0.0.0.0:80 unencrypted: set services.nix-relay.settings.server.listen .*";
+      given = nginx { server.listen = "0.0.0.0:8080"; };
+      seen.wrong = wrong ".*0.0.0.0:8080 unencrypted: set services.nix-relay.settings.server.listen .*";
     };
     socket-for-a-name = {
       given = with' {
         socketActivation = true;
         settings = {
           auth.allowed_org = "org";
-          server.listen = "host:80";
+          server.listen = "host:8080";
         };
       };
-      seen.wrong = wrong ".*\"host:80\" .*server.listen .*socketActivation to false\\.";
+      seen.wrong = wrong ".*\"host:8080\" .*server.listen .*socketActivation to false\\.";
     };
   };
+  warned = wrong;
   wrong = pattern: messages: builtins.length messages == 1 && match pattern (head messages) != null;
 
   # What may not even be evaluated.
@@ -560,6 +678,13 @@ let
     keys-somewhere = settings { auth.jwks_files."https://example.com" = "keys.json"; };
     grace-is-a-text = settings { server.shutdown_grace_secs = "30"; };
     timeout-is-a-text = settings { daemon.timeout_secs = "3600"; };
+    queue-timeout-is-longer-than-clients-wait = settings { daemon.queue_timeout_secs = 31; };
+    no-session = settings { daemon.max_connections = 0; };
+    no-time-at-all = settings { server.handshake_timeout_secs = 0; };
+    kept-for-no-time = with' {
+      keepResults = 0;
+      settings.auth.allowed_org = "org";
+    };
     queue-timeout-is-negative = settings { daemon.queue_timeout_secs = -1; };
     claim-is-a-set = with' {
       settings.auth.rule = [
@@ -571,7 +696,9 @@ let
     };
   };
   accepted = filter (
-    name: (builtins.tryEval (builtins.deepSeq (see refused.${name}).toml true)).success
+    name: (builtins.tryEval (builtins.deepSeq (see refused.${name}).toml (
+        builtins.deepSeq (see refused.${name}).nix true
+      ))).success
   ) (attrNames refused);
 
   # nginx without a name is refused as soon as somebody looks at nginx.

@@ -1,4 +1,5 @@
-# A builder with its own name and certificate. `your-organisation` is your fork or mirror.
+# A machine that runs NixOS becomes a builder with a name and certificate of its own: this goes beside its
+# configuration.nix, in /etc/nixos. `your-organisation` is your fork or mirror.
 {
   inputs.nixpkgs.url = "github:NixOS/nixpkgs/nixos-unstable";
   inputs.nix-relay.url = "github:your-organisation/nix-relay";
@@ -6,15 +7,18 @@
   outputs = { nixpkgs, nix-relay, ... }: {
     nixosConfigurations.builder = nixpkgs.lib.nixosSystem {
       modules = [
-        ./hardware-configuration.nix
+        # What the machine is already: its disks, its users, how you reach it.
+        ./configuration.nix
         nix-relay.nixosModules.default
         {
           services.nix-relay = {
             enable = true;
-            settings.auth.audience = "https://relay.example.com";
-            settings.auth.allowed_org = "your-organisation";
+            # The audience of its tokens is then https://relay.example.com.
             nginx.enable = true;
             nginx.domain = "relay.example.com";
+            settings.auth.allowed_org = "your-organisation";
+            # Results stay for a week.
+            keepResults = 7;
           };
           networking.firewall.allowedTCPPorts = [
             80

@@ -72,6 +72,7 @@
                 "systemd"
                 "tinyproxy"
                 "util-linux"
+                "versionCheckHook"
                 "websocat"
               ]
           );
@@ -87,9 +88,14 @@
               in
               function (builtins.intersectAttrs (builtins.functionArgs function) pkgs // arguments);
             rustPlatform.buildRustPackage =
-              attributes:
-              assert builtins.pathExists attributes.cargoLock.lockFile;
-              make' (removeAttrs attributes [ "cargoLock" ] // { inherit (attributes) meta; });
+              function:
+              let
+                attributes = function package;
+                package =
+                  assert builtins.pathExists attributes.cargoLock.lockFile;
+                  make' (removeAttrs attributes [ "cargoLock" ] // { inherit (attributes) meta; });
+              in
+              package;
             stdenv = {
               cc = program "cc";
               buildPlatform.canExecute = _: true;
@@ -138,6 +144,7 @@
                 name = "shell";
                 inherit packages buildInputs;
               };
+            writeShellScript = pkgs.writeText;
             writeText = name: text: make' { inherit name text; };
             # Its machines are evaluated, too.
             testers.runNixOSTest =

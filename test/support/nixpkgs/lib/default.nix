@@ -49,7 +49,7 @@ let
         else
           [ { inherit priority value; } ];
       found = concatMap (open 100) definitions;
-      lowest = foldl' (a: b: if b.priority < a then b.priority else a) 1000 found;
+      lowest = foldl' (a: b: if b.priority < a then b.priority else a) 1500 found;
     in
     map (d: d.value) (filter (d: d.priority == lowest) found);
 
@@ -64,14 +64,10 @@ let
   merge =
     at: option: definitions:
     let
-      settled = settle definitions;
+      default = if option ? default then [ (lib.mkOverride 1500 option.default) ] else [ ];
+      settled = settle (definitions ++ default);
     in
-    if settled != [ ] then
-      option.type.merge at settled
-    else if option ? default then
-      option.default
-    else
-      fails at "used, but not defined";
+    if settled != [ ] then option.type.merge at settled else fails at "used, but not defined";
 
   # A tree of options; what none of them is goes to `freeform`, if there is that.
   build =
@@ -91,7 +87,9 @@ let
           merge below options.${name} (under name definitions)
         else
           build freeform below options.${name} (under name definitions);
-      names = nub (attrNames options ++ concatMap (d: attrNames (members d)) definitions);
+      # Of what is no option, only what a condition leaves.
+      defined = filter (name: options ? ${name} || settle (under name definitions) != [ ]);
+      names = nub (attrNames options ++ defined (concatMap (d: attrNames (members d)) definitions));
       value = listToAttrs (
         map (name: {
           inherit name;
@@ -138,12 +136,24 @@ let
       _type = "override";
       inherit priority content;
     };
+    literalExpression = text: text;
     literalMD = text: text;
+    mkPackageOption =
+      packages: name: { }:
+      lib.mkOption {
+        type = lib.types.package;
+        default = packages.${name};
+      };
 
     types = {
       bool = one "a boolean" isBool;
       int = one "an integer" isInt;
       ints.unsigned = one "an integer, 0 or more" (value: isInt value && value >= 0);
+      ints.between =
+        low: high:
+        one "an integer from ${toString low} to ${toString high}" (
+          value: isInt value && value >= low && value <= high
+        );
       ints.positive = one "an integer above 0" (value: isInt value && value > 0);
       str = one "a string" isString;
       path = one "an absolute path" (value: isPath value || isString value && substring 0 1 value == "/");
@@ -283,6 +293,7 @@ let
         }) names
       );
     licenses.mit = "MIT";
+    optional = condition: one: if condition then [ one ] else [ ];
     optionalString = condition: text: if condition then text else "";
     getExe = package: "${package}/bin/${package.meta.mainProgram}";
     getExe' = package: name: "${package}/bin/${name}";
