@@ -482,12 +482,14 @@ fn the_unit_for_two_ports() {
     let (out, log) = texts(&output);
     assert_eq!(log, "");
     let lines: Vec<_> = out.lines().collect();
+    assert!(lines[1].starts_with("ExecStart=/"), "{out}");
     assert_eq!(
-        lines[0],
-        "Environment=NIX_RELAY_LISTEN=127.0.0.1:%i NIX_RELAY_SHUTDOWN_GRACE_SECS=3600"
-    );
-    assert!(
-        lines[1].starts_with("ExecStart=/") && lines[2..] == ["TimeoutStopSec=2h"],
+        [lines[0], lines[2], lines[3]],
+        [
+            "Environment=NIX_RELAY_LISTEN=127.0.0.1:%i NIX_RELAY_ADMIN_LISTEN=127.0.0.1:1%i",
+            "Environment=NIX_RELAY_SHUTDOWN_GRACE_SECS=3600",
+            "TimeoutStopSec=2h"
+        ],
         "{out}"
     );
 }
