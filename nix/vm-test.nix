@@ -29,6 +29,7 @@ let
     ];
     services.nix-relay = {
       enable = true;
+      keepResults = 1;
       settings.auth = {
         issuer = "http://127.0.0.1:8000";
         allowed_org = "example-org";
@@ -64,6 +65,7 @@ in
       enableACME = false;
       sslCertificate = "${certificate}/cert.pem";
       sslCertificateKey = "${certificate}/key.pem";
+      locations."= /own".return = "200 yes";
     };
     networking.firewall.allowedTCPPorts = [ 443 ];
   };
@@ -88,16 +90,16 @@ in
     tls.wait_for_unit("nginx.service")
     ca = "SSL_CERT_FILE=${certificate}/cert.pem"
 
-    for relay, url, clients in [
-        (plain, "ws://plain:8080", ["nix-relay-client", "/etc/client.sh"]),
-        (tls, "wss://tls", ["nix-relay-client"]),
+    for relay, url, audience, clients in [
+        (plain, "ws://plain:8080", "api://nix-relay", ["nix-relay-client", "/etc/client.sh"]),
+        (tls, "wss://tls", "https://tls", ["nix-relay-client"]),
     ]:
         relay.wait_for_unit("nix-relay.service")
         relay.wait_for_open_port(8000)
         relay.succeed("systemd-analyze security --threshold=15 nix-relay.service")
         token = relay.succeed(
             "curl -sSf -H 'Authorization: Bearer request-token-of-the-job' "
-            "'http://127.0.0.1:8000/token?audience=api://nix-relay' | jq -r .value"
+            f"'http://127.0.0.1:8000/token?audience={audience}' | jq -r .value"
         ).strip()
         job = f"{ca} NIX_RELAY_URL={url} NIX_RELAY_TOKEN={token} "
 
@@ -108,13 +110,16 @@ in
             ).strip()
             relay.succeed(f"grep hello {path}")
             runner.fail(f"test -e {path}")
+            # It has a root.
+            relay.fail(f"nix-store --delete {path}")
 
             # Whoever comes through the relay is not trusted; whoever has no token does not come through.
             runner.succeed(f"{job} nix store info --json {remote} | grep -E '\"trusted\": ?(0|false)'")
             runner.fail(f"{job} NIX_RELAY_TOKEN=wrong nix store info {remote}")
 
-    # Nothing else is there to be seen.
+    # Nothing else is there to be seen, but what the operator adds.
     runner.succeed("test $(curl -sk -o /dev/null -w '%{http_code}' https://tls/healthz) = 404")
+    runner.succeed("curl -sSfk https://tls/own | grep yes")
 
     # A restart refuses nobody.
     tls.succeed("systemctl restart --no-block nix-relay.service; curl -sSf http://127.0.0.1:8080/healthz")
