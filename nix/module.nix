@@ -18,6 +18,7 @@ let
     type = types.ints.unsigned;
     inherit description;
   };
+  # Where 0 would be none at all.
   seconds' = description: {
     type = types.ints.positive;
     inherit description;
@@ -61,8 +62,11 @@ let
     types.bool
   ];
 
-  # Clients may be trusted because all users are.
-  trusted = config.nix.settings.trusted-users or [ ] ++ config.nix.settings.extra-trusted-users or [ ];
+  # Whom nix-daemon trusts; what is no list may be a text.
+  trusted = lib.concatMap (name: lib.toList (config.nix.settings.${name} or [ ])) [
+    "trusted-users"
+    "extra-trusted-users"
+  ];
 
   roots = "/nix/var/nix/gcroots/nix-relay";
   keep = pkgs.writeShellScript "nix-relay-keep" ''

@@ -542,7 +542,7 @@ let
       };
     };
     everybody-is-trusted-as-well = {
-      given = beside (settings { }) { nix.settings.extra-trusted-users = [ "*" ]; };
+      given = beside (settings { }) { nix.settings.extra-trusted-users = "*"; };
       seen.warnings = warned ".*trusted-users .*";
     };
     another-is-trusted = {

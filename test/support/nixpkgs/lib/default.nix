@@ -277,7 +277,7 @@ let
         value = set.${name};
       }) (attrNames set);
     importTOML = file: builtins.fromTOML (builtins.readFile file);
-    inherit mapAttrs;
+    inherit concatMap mapAttrs;
     recursiveUpdate =
       a: b:
       if isAttrs a && isAttrs b then
@@ -310,6 +310,7 @@ let
       in
       if substring 0 size text == prefix then substring size (-1) text else text;
     toInt = builtins.fromJSON;
+    toList = value: if isList value then value else [ value ];
     filterAttrsRecursive =
       keep: set:
       listToAttrs (
