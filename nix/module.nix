@@ -134,8 +134,7 @@ in
           };
           audience = {
             type = types.str;
-            default =
-              if cfg.nginx.enable then "https://${cfg.nginx.domain}" else defaults.auth.audience;
+            default = if cfg.nginx.enable then "https://${cfg.nginx.domain}" else defaults.auth.audience;
             defaultText = lib.literalMD "`\"api://nix-relay\"`, or `https://` and the domain with nginx";
             example = "https://relay.example.com";
             description = "What the `aud` of the tokens must be.";

@@ -434,8 +434,7 @@ let
         wrong = [ ];
         ports = [ ];
         toml =
-          toml:
-          toml.server.listen == "127.0.0.1:8080" && toml.auth.audience == "https://relay.example.com";
+          toml: toml.server.listen == "127.0.0.1:8080" && toml.auth.audience == "https://relay.example.com";
         nginx =
           nginx:
           nginx.enable
@@ -696,9 +695,10 @@ let
     };
   };
   accepted = filter (
-    name: (builtins.tryEval (builtins.deepSeq (see refused.${name}).toml (
-        builtins.deepSeq (see refused.${name}).nix true
-      ))).success
+    name:
+    (builtins.tryEval (
+      builtins.deepSeq (see refused.${name}).toml (builtins.deepSeq (see refused.${name}).nix true)
+    )).success
   ) (attrNames refused);
 
   # nginx without a name is refused as soon as somebody looks at nginx.

@@ -139,7 +139,8 @@ let
     literalExpression = text: text;
     literalMD = text: text;
     mkPackageOption =
-      packages: name: { }:
+      packages: name:
+      { }:
       lib.mkOption {
         type = lib.types.package;
         default = packages.${name};
