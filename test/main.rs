@@ -15,6 +15,7 @@ mod http;
 mod keys;
 mod nix;
 mod nixos;
+mod own;
 mod peers;
 mod places;
 mod proxies;
