@@ -8,6 +8,7 @@ const PAGES: [&str; 6] = [
     "SECURITY.md",
     "nix/README.md",
     "nix/operating.md",
+    "nix/own-stores.md",
     "nix/providers.md",
     "test/README.md",
 ];
