@@ -91,6 +91,8 @@ let
       '';
 in
 {
+  imports = [ ./stores.nix ];
+
   options.services.nix-relay = {
     enable = lib.mkEnableOption "nix-relay, through which CI jobs that hold an OIDC token build on this machine";
 

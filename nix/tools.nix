@@ -1,5 +1,6 @@
 # The programs that the commands in test/ need.
 pkgs: [
+  pkgs.bubblewrap
   pkgs.caddy
   pkgs.cargo
   pkgs.clippy

@@ -1,5 +1,5 @@
-# On NixOS: two machines with the module, one plain and one behind nginx with TLS, and a third that builds on both,
-# knowing only tokens.
+# On NixOS: three machines with the module, one plain, one behind nginx with TLS and one with a store for a rule, and a
+# fourth that builds on them, knowing only tokens.
 { lib, pkgs, ... }:
 let
   inherit (import ./. { inherit pkgs; }) nix-relay nix-relay-client;
@@ -32,7 +32,7 @@ let
       keepResults = 1;
       settings.auth = {
         issuer = "http://127.0.0.1:8000";
-        allowed_org = "example-org";
+        allowed_org = lib.mkDefault "example-org";
       };
     };
     systemd.services.issuer = {
@@ -68,6 +68,15 @@ in
       locations."= /own".return = "200 yes";
     };
     networking.firewall.allowedTCPPorts = [ 443 ];
+  };
+
+  nodes.stores = {
+    imports = [ builder ];
+    services.nix-relay = {
+      openFirewall = true;
+      settings.auth.allowed_org = null;
+      stores.main.rule.bound_claims.repository_owner = "example-org";
+    };
   };
 
   nodes.runner = {
@@ -116,6 +125,24 @@ in
             # Whoever comes through the relay is not trusted; whoever has no token does not come through.
             runner.succeed(f"{job} nix store info --json {remote} | grep -E '\"trusted\": ?(0|false)'")
             runner.fail(f"{job} NIX_RELAY_TOKEN=wrong nix store info {remote}")
+
+    # In a store of its own, a job is trusted, and its paths are in no other.
+    stores.wait_for_unit("nix-relay.service")
+    stores.wait_for_open_port(8000)
+    token = stores.succeed(
+        "curl -sSf -H 'Authorization: Bearer request-token-of-the-job' "
+        "'http://127.0.0.1:8000/token?audience=api://nix-relay' | jq -r .value"
+    ).strip()
+    job = f"NIX_RELAY_URL=ws://stores:8080 NIX_RELAY_TOKEN={token} "
+    remote = "--store 'ssh-ng://localhost?remote-program=nix-relay-client'"
+    path = runner.succeed(
+        f"{job} nix build {remote} --eval-store auto --no-link --print-out-paths -f /etc/hello.nix"
+    ).strip()
+    stores.succeed(f"grep hello /var/lib/nix-relay/main{path}")
+    stores.fail(f"test -e {path}")
+    runner.succeed(f"{job} nix store info --json {remote} | grep -E '\"trusted\": ?(1|true)'")
+    stores.succeed("systemctl start nix-relay-gc-main.service")
+    stores.fail(f"test -e /var/lib/nix-relay/main{path}")
 
     # Nothing else is there to be seen, but what the operator adds.
     runner.succeed("test $(curl -sk -o /dev/null -w '%{http_code}' https://tls/healthz) = 404")

@@ -52,6 +52,9 @@ let
     stdenv.hostPlatform = "here";
     coreutils = "/coreutils";
     writeShellScript = name: text: "/${name}: ${text}";
+    writeText = name: text: "/${name}: ${text}";
+    bubblewrap = package "bubblewrap";
+    util-linux = package "util-linux";
   };
 
   # And as much of NixOS.
@@ -392,6 +395,78 @@ let
         extra-trusted-users = [ "nix-relay" ];
       };
     };
+    stores = {
+      given = with' {
+        settings.auth.rule = [ rule ];
+        stores.own.rule = { inherit (rule) bound_claims; };
+        stores.offline = {
+          rule = {
+            inherit (rule) bound_claims;
+            max_connections = 2;
+          };
+          network = false;
+          nixConf = "cores = 2";
+          dates = "daily";
+        };
+      };
+      seen = {
+        wrong = [ ];
+        toml =
+          toml:
+          match ".*/[a-z0-9]+-nix-relay-store" toml.daemon.nix_daemon_path != null
+          &&
+            toml.auth.rule == [
+              rule
+              {
+                name = "offline";
+                inherit (rule) bound_claims;
+                max_connections = 2;
+                extra_args = [
+                  "/var/lib/nix-relay/offline"
+                  "--ro-bind"
+                  "/nix.conf: cores = 2"
+                  "/etc/nix/store.conf"
+                  "--unshare-net"
+                  "--"
+                  "nix-daemon"
+                  "--stdio"
+                ];
+              }
+              {
+                name = "own";
+                inherit (rule) bound_claims;
+                extra_args = [
+                  "/var/lib/nix-relay/own"
+                  "--ro-bind"
+                  "/nix.conf: "
+                  "/etc/nix/store.conf"
+                  "--"
+                  "nix-daemon"
+                  "--stdio"
+                ];
+              }
+            ];
+        unit =
+          unit:
+          unit.serviceConfig.StateDirectory == "nix-relay"
+          && unit.serviceConfig.RestrictNamespaces == "no"
+          && builtins.length unit.serviceConfig.SystemCallFilter == 2
+          && !unit.serviceConfig ? Environment
+          &&
+            map (p: p.name) unit.path == [
+              "nix"
+              "bubblewrap"
+              "util-linux"
+            ];
+        services =
+          services:
+          services.nix-relay-gc-offline.startAt == "daily"
+          && services.nix-relay-gc-own.startAt == "weekly"
+          &&
+            match ".*-nix-relay-store /var/lib/nix-relay/own -- nix-store --gc" services.nix-relay-gc-own.serviceConfig.ExecStart
+            != null;
+      };
+    };
     closed-firewall = {
       given = listen "0.0.0.0:443";
       seen.ports = [ ];
@@ -571,6 +646,14 @@ let
       };
     };
 
+    store-for-everybody = {
+      given = with' { stores.own = { }; };
+      seen.wrong = wrong ".*set bound_claims .*";
+    };
+    store-elsewhere = {
+      given = with' { stores."../other".rule = { inherit (rule) bound_claims; }; };
+      seen.wrong = wrong ".*cannot have \"../other\": use letters.*";
+    };
     # Each assertion alone; its message names what to set.
     reserved-port = {
       given = listen "0.0.0.0:1023";

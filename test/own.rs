@@ -34,7 +34,7 @@ extra_args = ['DIR/limited', '--', 'nix-daemon', '--stdio', '--option', 'cores',
 [[auth.rule]]
 name = 'no-walls'
 bound_claims = { ref = 'no-walls' }
-extra_args = ['--stdio', '--store', 'DIR/no-walls', '--option', 'sandbox-paths', '/bin/sh=/bin/busybox']
+extra_args = ['--stdio', '--store', 'DIR/no-walls'SHELL]
 ";
 
 struct Stores {
@@ -59,7 +59,15 @@ impl Stores {
         fs::copy(native(), dir.path("nix-relay")).unwrap();
         let script = fs::read_to_string(project("nix/nix-relay-store")).unwrap();
         let daemon = dir.script("nix-relay-store", &wrapper(&script));
-        let config = dir.write("relay.toml", &RULES.replace("DIR", &place));
+        // Debian's Nix has none of its own for its sandbox.
+        let shell = match fs::exists("/bin/busybox").unwrap() {
+            true => ", '--option', 'sandbox-paths', '/bin/sh=/bin/busybox'",
+            false => "",
+        };
+        let config = dir.write(
+            "relay.toml",
+            &RULES.replace("SHELL", shell).replace("DIR", &place),
+        );
         let owner = ["-R", "65534:65534", &place];
         let owned = Command::new("chown").args(owner).status().unwrap();
         assert!(owned.success());
@@ -487,4 +495,33 @@ fn the_recipe_for_debian() {
             && told.contains("\nsystemctl enable --now nix-relay "),
         "{told}"
     );
+}
+
+#[test]
+fn systemd_takes_the_units() {
+    let (dir, program) = (Dir::new(), env!("CARGO_BIN_EXE_nix-relay"));
+    let wrapper = project("nix/nix-relay-store").display().to_string();
+    let copy = |name: &str, to: &str| {
+        let text = fs::read_to_string(project("nix").join(name)).unwrap();
+        let text = text.replace("/usr/local/bin/nix-relay-store", &wrapper);
+        dir.write(to, &text.replace("/usr/local/bin/nix-relay", program))
+            .display()
+            .to_string()
+    };
+    let relay = copy("nix-relay.service", "nix-relay.service");
+    fs::create_dir(dir.path("nix-relay.service.d")).unwrap();
+    copy("own-stores.conf", "nix-relay.service.d/own-stores.conf");
+    let collection = copy("nix-relay-gc@.service", "nix-relay-gc@main.service");
+    let timer = copy("nix-relay-gc@.timer", "nix-relay-gc@main.timer");
+    let security = ["security", "--offline=yes", "--threshold=30", &relay];
+    let verify = ["verify", "--man=no", &relay, &collection, &timer];
+    for arguments in [&security[..], &verify] {
+        let mut analyze = Command::new("systemd-analyze");
+        analyze
+            .args(arguments)
+            .env("SYSTEMD_UNIT_PATH", format!("{}:", dir.path("").display()));
+        let output = analyze.output().unwrap();
+        let (out, log) = texts(&output);
+        assert!(output.status.success() && log.is_empty(), "{out}{log}");
+    }
 }

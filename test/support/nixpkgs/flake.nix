@@ -51,6 +51,7 @@
                 value = program name;
               })
               [
+                "bubblewrap"
                 "caddy"
                 "cargo"
                 "clippy"

@@ -36,7 +36,7 @@ let
       )
     );
 
-  # Definitions with their mkIf, mkDefault and mkForce taken off; only those of the lowest number, as in nixpkgs.
+  # Definitions with their mkIf, mkDefault, mkForce and mkAfter taken off; only those of the lowest number, as in nixpkgs.
   settle =
     definitions:
     let
@@ -46,12 +46,16 @@ let
           if value.condition then open priority value.content else [ ]
         else if is "override" value then
           open value.priority value.content
+        else if is "after" value then
+          map (d: d // { after = true; }) (open priority value.content)
         else
           [ { inherit priority value; } ];
       found = concatMap (open 100) definitions;
       lowest = foldl' (a: b: if b.priority < a then b.priority else a) 1500 found;
     in
-    map (d: d.value) (filter (d: d.priority == lowest) found);
+    map (d: d.value) (
+      filter (d: d.priority == lowest) (filter (d: !d ? after) found ++ filter (d: d ? after) found)
+    );
 
   # A condition on a set is one on each of its members, so that nobody needs it before it is known.
   members =
@@ -129,6 +133,10 @@ let
     mkIf = condition: content: {
       _type = "if";
       inherit condition content;
+    };
+    mkAfter = content: {
+      _type = "after";
+      inherit content;
     };
     mkDefault = lib.mkOverride 1000;
     mkForce = lib.mkOverride 50;
