@@ -186,7 +186,9 @@ impl Job {
     }
 
     fn building(&self, remote: &str, expression: &str, settings: &str) -> Command {
-        let remote = ["--eval-store", "auto", "--store", remote, "-L", "--no-link"];
+        // `auto` would be the machine's own.
+        let here = self.home.path("root").display().to_string();
+        let remote = ["--eval-store", &here, "--store", remote, "-L", "--no-link"];
         let what = ["--impure", "--expr", expression];
         self.command(&[&["build"], &remote[..], &what].concat(), settings)
     }
@@ -262,7 +264,7 @@ fn hooks_cannot_leave_the_store() {
          umount /usr && echo REACHED UMOUNT
          ls -d /home /root /run /var /srv /sys && echo REACHED MACHINE
          bash -c 'exec 2>/dev/null; : </dev/tcp/127.0.0.1/{port}' && echo REACHED NETWORK
-         (trap '' HUP; exec sleep 600) >/dev/null 2>&1 & sleep 0.1",
+         (trap '' HUP; exec sleep 600.{port}) >/dev/null 2>&1 & sleep 0.1; [ -e /own ] || kill $!",
         secret = secret.display(),
         dir = secret.parent().unwrap().display(),
         hidden = hidden.unwrap(),
@@ -276,6 +278,9 @@ fn hooks_cannot_leave_the_store() {
     };
     // The network is the machine's, as it is for every fixed-output build, unless the rule has none.
     assert_eq!(reached("main"), "NETWORK");
+    eventually("what the hook left is gone", LIMIT, || {
+        !anyone_with(&format!("600.{port}"))
+    });
     assert_eq!(reached("offline"), "");
     let without = reached("no-walls");
     for what in [
@@ -344,9 +349,9 @@ fn builds_at_once() {
     for (branch, number) in (0..8).map(|n| (["main", "other"][n % 2], n / 2)) {
         let (job, drv) = (stores.job(branch), derivation(&number.to_string(), script));
         let nix = job.building(REMOTE, &drv, "").spawn().unwrap();
-        running.push((nix, job.out_path(&drv), branch));
+        running.push((nix, job.out_path(&drv), branch, job));
     }
-    for (mut nix, path, branch) in running {
+    for (mut nix, path, branch, _job) in running {
         assert!(wait(&mut nix, LIMIT).success());
         assert!(stores.file(branch, &path).exists());
     }
