@@ -45,11 +45,11 @@ struct Stores {
 
 impl Stores {
     fn start() -> Stores {
-        Stores::start_after("true", str::to_owned)
+        Stores::start_after("true")
     }
 
-    /// The same with commands that root runs before, with mounts of its own, and with another wrapper.
-    fn start_after(commands: &str, wrapper: impl FnOnce(&str) -> String) -> Stores {
+    /// The same with commands that root runs before, with mounts of its own.
+    fn start_after(commands: &str) -> Stores {
         let (issuer, dir) = (Issuer::start(), Dir::new());
         let place = dir.path("main").parent().unwrap().display().to_string();
         for store in ["main", "other", "offline", "limited", "no-walls", "home"] {
@@ -58,7 +58,7 @@ impl Stores {
         // That user may not look into the project.
         fs::copy(native(), dir.path("nix-relay")).unwrap();
         let script = fs::read_to_string(project("nix/nix-relay-store")).unwrap();
-        let daemon = dir.script("nix-relay-store", &wrapper(&script));
+        let daemon = dir.script("nix-relay-store", &script);
         // Debian's Nix has none of its own for its sandbox.
         let shell = match fs::exists("/bin/busybox").unwrap() {
             true => ", '--option', 'sandbox-paths', '/bin/sh=/bin/busybox'",
@@ -239,10 +239,8 @@ fn a_job_is_trusted_in_its_own_store_and_sees_no_other() {
 #[test]
 fn hooks_cannot_leave_the_store() {
     let stores = Stores::start();
-    let (relay, secret) = (
-        stores.relay.child.id(),
-        stores.dir.write("secret", "outside"),
-    );
+    let relay = stores.relay.child.id();
+    let secret = stores.dir.write("secret", "outside");
     let port = stores.relay.address.port();
     stores
         .job("other")
@@ -292,10 +290,8 @@ fn hooks_cannot_leave_the_store() {
 
 #[test]
 fn as_one_of_the_builders() {
-    let (stores, script) = (
-        Stores::start(),
-        "read line < ${(NEEDED)}; echo $line again > $out",
-    );
+    let stores = Stores::start();
+    let script = "read line < ${(NEEDED)}; echo $line again > $out";
     let job = stores.job("main");
     let needed = derivation("needed", "echo hello > $out");
     let expression = derivation("both", &script.replace("NEEDED", &needed));
@@ -394,10 +390,8 @@ fn a_collection_spares_what_a_session_uses() {
 
 #[test]
 fn a_full_disk_is_one_rules_alone() {
-    let stores = Stores::start_after(
-        "mount -t tmpfs -o size=16m,mode=700,uid=65534 tmpfs DIR/main",
-        str::to_owned,
-    );
+    let stores =
+        Stores::start_after("mount -t tmpfs -o size=16m,mode=700,uid=65534 tmpfs DIR/main");
     let big = derivation(
         "big",
         "while echo aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa; do :; done > $out",
@@ -528,5 +522,49 @@ fn systemd_takes_the_units() {
         let output = analyze.output().unwrap();
         let (out, log) = texts(&output);
         assert!(output.status.success() && log.is_empty(), "{out}{log}");
+    }
+}
+
+#[test]
+fn the_wrapper_says_what_is_wrong() {
+    let (dir, wrapper) = (Dir::new(), project("nix/nix-relay-store"));
+    let wrapper = fs::read_to_string(wrapper).unwrap();
+    let wrapper = dir
+        .script("nix-relay-store", &wrapper)
+        .display()
+        .to_string();
+    assert!(
+        Command::new("chown")
+            .arg("65534")
+            .arg(dir.path(""))
+            .status()
+            .unwrap()
+            .success()
+    );
+    let store = dir.path("store").display().to_string();
+    let user = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+    ];
+    let runs = [
+        (
+            &[][..],
+            &["--", "true"][..],
+            "not for root: run the relay as a user of its own",
+        ),
+        (
+            &user,
+            &["nix-daemon", "--stdio"],
+            "no program: extra_args must be STORE, then --, nix-daemon and --stdio",
+        ),
+        (&user, &["--", "no-such-program"], "no-such-program"),
+    ];
+    for (before, after, says) in runs {
+        let all = [before, &[&wrapper, &store], after].concat();
+        let output = Command::new(all[0]).args(&all[1..]).output().unwrap();
+        let (_, log) = texts(&output);
+        assert!(!output.status.success() && log.contains(says), "{log}");
     }
 }
