@@ -2,6 +2,7 @@
 
 use crate::support::{nix::*, *};
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
@@ -11,75 +12,117 @@ const NAME: &str = "some-organisation/their-relay";
 struct Actions {
     dir: Dir,
     server: Arc<tiny_http::Server>,
+    /// Where the action is.
+    root: String,
 }
 
 impl Actions {
+    fn start() -> Actions {
+        // The binary itself, not optimised, takes seconds to download.
+        let binary = format!("#!/bin/sh\nexec {} \"$@\"\n", native().display());
+        Actions::of(binary.as_bytes(), binary.as_bytes())
+    }
+
     /// The release has this binary for this machine, and what its checksums are made of.
-    fn start(binary: Vec<u8>, summed: &[u8]) -> Actions {
+    fn of(binary: &[u8], summed: &[u8]) -> Actions {
         let dir = Dir::new();
-        let action = format!("_actions/{NAME}/v1/.github/actions/client");
-        fs::create_dir_all(dir.path(&action)).unwrap();
         fs::create_dir(dir.path("temp")).unwrap();
-        for (file, to) in [
-            (
-                ".github/actions/client/install",
-                format!("{action}/install"),
-            ),
-            ("Cargo.toml", format!("_actions/{NAME}/v1/Cargo.toml")),
-        ] {
-            fs::copy(project(file), dir.path(&to)).unwrap();
-        }
         let asset = format!("nix-relay-{}-linux", std::env::consts::ARCH);
         fs::write(dir.path(&asset), summed).unwrap();
         let mut sum = Command::new("sha256sum");
         let sum = sum.arg(&asset).current_dir(dir.path("")).output().unwrap();
         let sums = texts(&sum).0 + &texts(&sum).0.replace(&asset, "another");
         let server = Arc::new(tiny_http::Server::http("127.0.0.1:0").unwrap());
-        let serving = server.clone();
+        let (serving, binary) = (server.clone(), binary.to_vec());
         std::thread::spawn(move || {
             let tag = concat!("v", env!("CARGO_PKG_VERSION"));
-            let release = format!("/{NAME}/releases/download/{tag}");
             for request in serving.incoming_requests() {
-                let (body, status) = match request.url().strip_prefix(&release) {
-                    Some("/SHA256SUMS") => (sums.clone().into_bytes(), 200),
-                    Some(path) if path[1..] == asset => (binary.clone(), 200),
+                let public = format!("/{NAME}/releases/download/{tag}/");
+                let (body, status) = match request.url() {
+                    url if url == format!("{public}SHA256SUMS") => (sums.clone().into(), 200),
+                    url if url == format!("{public}{asset}") => (binary.clone(), 200),
                     _ => (Vec::new(), 404),
                 };
                 let answer = tiny_http::Response::from_data(body).with_status_code(status);
                 let _ = request.respond(answer);
             }
         });
-        Actions { dir, server }
+        let root = String::new();
+        Actions { dir, server, root }.at(&format!("_actions/{NAME}/v1"))
     }
 
-    /// What the step of the action does.
-    fn install(&self, url: &str, change: impl FnOnce(&mut Command)) -> Output {
-        let action = format!("_actions/{NAME}/v1/.github/actions/client/install");
-        let mut command = job(self.dir.path(&action), &self.dir);
+    /// The same with the action elsewhere.
+    fn at(mut self, root: &str) -> Actions {
+        let action = self.dir.path(root).join(".github/actions/client");
+        fs::create_dir_all(&action).unwrap();
+        for file in fs::read_dir(project(".github/actions/client")).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), action.join(file.file_name())).unwrap();
+        }
+        let manifest = self.dir.path(root).join("Cargo.toml");
+        fs::copy(project("Cargo.toml"), manifest).unwrap();
+        self.root = root.into();
+        self
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.server.server_addr())
+    }
+
+    /// The step of the action, with these inputs, as action.yml passes them on.
+    fn step(&self, program: impl AsRef<std::ffi::OsStr>, inputs: &[(&str, &str)]) -> Command {
+        let manifest = fs::read_to_string(project(".github/actions/client/action.yml")).unwrap();
+        let mut command = job(program, &self.dir);
+        for line in manifest.lines() {
+            let Some((name, input)) = line.trim().split_once(": ${{ inputs.") else {
+                continue;
+            };
+            let input = input.split([' ', '}']).next().unwrap();
+            let declared = manifest.split_once(&format!("\n  {input}:\n")).unwrap().1;
+            let of_it = declared.lines().take_while(|line| line.starts_with("    "));
+            let default = of_it.filter_map(|line| line.trim().strip_prefix("default: "));
+            let given = inputs.iter().find(|(name, _)| *name == input);
+            let value = given.map(|(_, value)| value.to_string());
+            let default = default.map(|value| value.trim_matches('"').to_owned());
+            command.env(name, value.or(default.last()).unwrap_or_default());
+        }
         command
-            .env("RELAY_URL", url)
-            .env("RELAY_AUDIENCE", "some audience")
             .env("RUNNER_TEMP", self.dir.path("temp"))
             .env("GITHUB_PATH", self.dir.path("path"))
             .env("GITHUB_ENV", self.dir.path("env"))
             .env("GITHUB_REPOSITORY", "job/repository")
-            .env(
-                "GITHUB_SERVER_URL",
-                format!("http://{}", self.server.server_addr()),
-            );
+            .env("GITHUB_SERVER_URL", self.url());
+        command
+    }
+
+    fn program(&self) -> std::path::PathBuf {
+        self.dir
+            .path(&self.root)
+            .join(".github/actions/client/install")
+    }
+
+    fn install(&self, inputs: &[(&str, &str)], change: impl FnOnce(&mut Command)) -> Output {
+        let mut command = self.step(self.program(), inputs);
         change(&mut command);
         command.output().unwrap()
     }
 
     /// What it says as it fails, before which nothing is in the path.
-    fn failure(&self, url: &str, change: impl FnOnce(&mut Command)) -> String {
-        let output = self.install(url, change);
+    fn failure(&self, inputs: &[(&str, &str)], change: impl FnOnce(&mut Command)) -> String {
+        let output = self.install(inputs, change);
         assert!(!output.status.success() && !self.dir.path("path").exists());
-        let (out, _) = texts(&output);
+        let (out, log) = texts(&output);
         let error = out
             .lines()
             .find_map(|line| line.strip_prefix("::error::nix-relay: "));
-        error.unwrap_or_else(|| panic!("no error: {out}")).into()
+        error
+            .unwrap_or_else(|| panic!("no error: {out}{log}"))
+            .into()
+    }
+
+    /// What it has written to a file that the runner reads.
+    fn file(&self, name: &str) -> String {
+        fs::read_to_string(self.dir.path(name)).unwrap_or_default()
     }
 }
 
@@ -89,20 +132,22 @@ impl Drop for Actions {
     }
 }
 
-fn the_binary() -> Vec<u8> {
-    fs::read(native()).unwrap()
+const URL: (&str, &str) = ("url", "wss://relay");
+
+#[track_caller]
+fn succeeds(output: &Output) {
+    assert!(output.status.success(), "{:?}", texts(output));
 }
 
 #[test]
 fn the_released_client_is_in_the_path_and_knows_its_relay() {
-    let (issuer, binary) = (Issuer::start(), the_binary());
+    let (issuer, actions) = (Issuer::start(), Actions::start());
     let relay = Setup::new(&issuer).daemon("echo hello").start();
-    let actions = Actions::start(binary.clone(), &binary);
-    let output = actions.install(&format!("ws://{}", relay.address), |_| ());
-    assert!(output.status.success(), "{:?}", texts(&output));
-    let file = |name| fs::read_to_string(actions.dir.path(name)).unwrap();
-    let path = format!("{}:{}", file("path").trim(), std::env::var("PATH").unwrap());
-    let variables = file("env");
+    let url = format!("ws://{}", relay.address);
+    succeeds(&actions.install(&[("url", &url), ("audience", "some audience")], |_| ()));
+    let path = actions.file("path");
+    let path = format!("{}:{}", path.trim(), std::env::var("PATH").unwrap());
+    let variables = actions.file("env");
     assert!(
         variables.ends_with("\nNIX_RELAY_AUDIENCE=some audience\n"),
         "{variables}"
@@ -124,8 +169,8 @@ fn the_released_client_is_in_the_path_and_knows_its_relay() {
 
 #[test]
 fn another_binary_than_that_of_the_checksums() {
-    let actions = Actions::start(b"#!/bin/sh\n".into(), b"another");
-    let error = actions.failure("wss://relay", |_| ());
+    let actions = Actions::of(b"#!/bin/sh\n", b"another");
+    let error = actions.failure(&[URL], |_| ());
     assert!(
         error.contains("-linux is not what its SHA256SUMS says"),
         "{error}"
@@ -134,41 +179,72 @@ fn another_binary_than_that_of_the_checksums() {
 
 #[test]
 fn no_release_or_none_for_this_machine() {
-    let actions = Actions::start(the_binary(), b"");
-    let manifest = actions.dir.path(&format!("_actions/{NAME}/v1/Cargo.toml"));
+    let actions = Actions::start();
+    let manifest = actions.dir.path(&actions.root).join("Cargo.toml");
     fs::write(manifest, "version = \"7.0.0\"\n").unwrap();
-    let error = actions.failure("wss://relay", |_| ());
+    let error = actions.failure(&[URL], |_| ());
     assert!(
         error.starts_with("cannot download http") && error.ends_with("/v7.0.0/SHA256SUMS"),
         "{error}"
     );
-    actions
-        .dir
-        .script("uname", "[ \"$1\" = -s ] && echo Linux || echo riscv64");
-    let path = format!(
-        "{}:{}",
-        actions.dir.path("").display(),
-        std::env::var("PATH").unwrap()
-    );
-    let error = actions.failure("wss://relay", |command| {
-        command.env("PATH", path);
-    });
+    let uname = "[ \"$1\" = -s ] && echo Linux || echo riscv64";
+    actions.dir.script("uname", uname);
+    let error = actions.failure(&[URL], |command| first_in_path(command, &actions.dir));
     assert!(
         error.starts_with("there is no binary for Linux on riscv64: "),
         "{error}"
     );
 }
 
+fn first_in_path(command: &mut Command, dir: &Dir) {
+    let rest = std::env::var("PATH").unwrap();
+    command.env("PATH", format!("{}:{rest}", dir.path("").display()));
+}
+
 #[test]
 fn inputs_that_cannot_be() {
-    let actions = Actions::start(the_binary(), &the_binary());
-    let error = actions.failure("https://relay", |_| ());
-    assert!(
-        error.ends_with("must begin with wss:// (or ws://), but it is 'https://relay'"),
-        "{error}"
-    );
-    let error = actions.failure("wss://relay\nLD_PRELOAD=x", |_| ());
-    assert!(error.contains("must each be one line"), "{error}");
+    let actions = Actions::start();
+    for (input, value, words) in [
+        (
+            "url",
+            "https://relay",
+            "must begin with wss:// (or ws://), but it is 'https://relay'",
+        ),
+        (
+            "url",
+            "wss://relay\nLD_PRELOAD=x",
+            "each input must be one line",
+        ),
+    ] {
+        let error = actions.failure(&[(input, value), URL], |_| ());
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+/// Where a program is.
+fn found(program: &str) -> String {
+    let mut shell = Command::new("sh");
+    let shell = shell.args(["-c", &format!("command -v {program}")]);
+    texts(&shell.output().unwrap()).0.trim().into()
+}
+
+/// As images for containers have them: no sed, no grep, and a sha256sum that knows no options.
+#[test]
+fn few_programs_are_enough_and_each_that_is_missing_is_named() {
+    let (actions, few) = (Actions::start(), Dir::new());
+    for program in [
+        "bash", "chmod", "dirname", "env", "mkdir", "mktemp", "mv", "uname", "curl",
+    ] {
+        symlink(found(program), few.path(program)).unwrap();
+    }
+    let only_few = |command: &mut Command| {
+        command.env("PATH", few.path(""));
+    };
+    let error = actions.failure(&[URL], only_few);
+    assert!(error.starts_with("sha256sum is missing, "), "{error}");
+    let sum = format!("[ $# = 1 ] && exec {} \"$1\"", found("sha256sum"));
+    few.script("sha256sum", &sum);
+    succeeds(&actions.install(&[URL], only_few));
 }
 
 #[test]
