@@ -36,9 +36,23 @@ impl Actions {
         let (serving, binary) = (server.clone(), binary.to_vec());
         std::thread::spawn(move || {
             let tag = concat!("v", env!("CARGO_PKG_VERSION"));
+            let api = format!("http://{}/api/assets", serving.server_addr());
+            // In GitHub's order.
+            let file = |number, name: &str| {
+                let url = format!("{api}/releases/assets/{number}");
+                format!(r#"{{"url":"{url}","id":1,"name":"{name}","uploader":{{"id":7}}}}"#)
+            };
+            let assets = format!("[{},{}]", file(1, "SHA256SUMS"), file(2, &asset));
             for request in serving.incoming_requests() {
+                let headers = request.headers().iter();
+                let mut headers = headers.map(|header| header.to_string());
+                let may_read = headers.any(|header| header == "Authorization: Bearer may-read");
                 let public = format!("/{NAME}/releases/download/{tag}/");
+                let of_api = format!("/api/repos/{NAME}/releases/tags/{tag}");
                 let (body, status) = match request.url() {
+                    url if may_read && url == of_api => (assets.clone().into_bytes(), 200),
+                    url if may_read && url.ends_with("/assets/1") => (sums.clone().into(), 200),
+                    url if may_read && url.ends_with("/assets/2") => (binary.clone(), 200),
                     url if url == format!("{public}SHA256SUMS") => (sums.clone().into(), 200),
                     url if url == format!("{public}{asset}") => (binary.clone(), 200),
                     _ => (Vec::new(), 404),
@@ -90,7 +104,9 @@ impl Actions {
             .env("RUNNER_TEMP", self.dir.path("temp"))
             .env("GITHUB_PATH", self.dir.path("path"))
             .env("GITHUB_ENV", self.dir.path("env"))
+            .env("GITHUB_OUTPUT", self.dir.path("output"))
             .env("GITHUB_REPOSITORY", "job/repository")
+            .env("GITHUB_API_URL", self.url() + "/api")
             .env("GITHUB_SERVER_URL", self.url());
         command
     }
@@ -146,6 +162,12 @@ fn the_released_client_is_in_the_path_and_knows_its_relay() {
     let url = format!("ws://{}", relay.address);
     succeeds(&actions.install(&[("url", &url), ("audience", "some audience")], |_| ()));
     let path = actions.file("path");
+    let output = format!(
+        "path={}/nix-relay\nversion={}\n",
+        path.trim(),
+        env!("CARGO_PKG_VERSION")
+    );
+    assert_eq!(actions.file("output"), output);
     let path = format!("{}:{}", path.trim(), std::env::var("PATH").unwrap());
     let variables = actions.file("env");
     assert!(
@@ -215,6 +237,12 @@ fn inputs_that_cannot_be() {
             "wss://relay\nLD_PRELOAD=x",
             "each input must be one line",
         ),
+        ("binary", "not-there", "but there is none at 'not-there'"),
+        (
+            "repository",
+            "org/name",
+            "must be an address such as https://github.com/OWNER/NAME",
+        ),
     ] {
         let error = actions.failure(&[(input, value), URL], |_| ());
         assert!(error.contains(words), "{error}");
@@ -245,6 +273,77 @@ fn few_programs_are_enough_and_each_that_is_missing_is_named() {
     let sum = format!("[ $# = 1 ] && exec {} \"$1\"", found("sha256sum"));
     few.script("sha256sum", &sum);
     succeeds(&actions.install(&[URL], only_few));
+}
+
+#[test]
+fn a_client_of_ones_own() {
+    let actions = Actions::start();
+    let own = actions.dir.script("own client", "echo nix-relay 7.8.9");
+    let inputs = [URL, ("binary", own.to_str().unwrap())];
+    succeeds(&actions.install(&inputs, |_| ()));
+    assert!(actions.file("output").contains("\nversion=7.8.9\n"));
+    let script = script();
+    let inputs = [URL, ("binary", script.to_str().unwrap())];
+    succeeds(&actions.install(&inputs, |_| ()));
+    fs::write(&own, "\x7fELF").unwrap();
+    let inputs = [URL, ("binary", own.to_str().unwrap())];
+    let output = actions.install(&inputs, |_| ());
+    assert!(texts(&output).0.contains("does not run here: "));
+}
+
+/// As Forgejo has it, and GitHub if the job names it by its path.
+#[test]
+fn an_action_that_does_not_know_where_it_is_from_asks() {
+    let actions = Actions::start().at("checkout");
+    let error = actions.failure(&[URL], |_| ());
+    assert!(error.starts_with("set the input repository "), "{error}");
+    let repository = format!("{}/{NAME}", actions.url());
+    succeeds(&actions.install(&[URL, ("repository", &repository)], |_| ()));
+}
+
+#[test]
+fn a_private_release_takes_a_token() {
+    let actions = Actions::start();
+    let error = actions.failure(&[URL, ("token", "may-not")], |_| ());
+    assert!(error.contains("/api/repos/some-organisation/their-relay/releases/tags/v"));
+    succeeds(&actions.install(&[URL, ("token", "may-read")], |_| ()));
+}
+
+#[test]
+fn the_attestation_is_for_the_commit_or_tag_that_the_job_names() {
+    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+    let tag = concat!("--source-ref refs/tags/v", env!("CARGO_PKG_VERSION"));
+    for (name, wanted) in [
+        ("v1", tag.into()),
+        (COMMIT, format!("--source-digest {COMMIT}")),
+    ] {
+        let actions = Actions::start().at(&format!("_actions/{NAME}/{name}"));
+        let (dir, url) = (&actions.dir, &actions.url());
+        let gh =
+            "[ $3 != --help ] || exec echo --source-digest\necho \"$@\" >$HOME/asked\nexit $STATUS";
+        dir.script("gh", gh);
+        let curl = format!(
+            "for a; do shift; case $a in https://github.com/*) a=$SERVER/${{a#https://github.com/}};; esac; \
+             set -- \"$@\" \"$a\"; done; exec {} \"$@\"",
+            found("curl")
+        );
+        dir.script("curl", &curl);
+        let on_github = |status: &'static str| {
+            move |command: &mut Command| {
+                first_in_path(command, dir);
+                command.env("GITHUB_SERVER_URL", "https://github.com");
+                command.env("SERVER", url).env("STATUS", status);
+            }
+        };
+        let error = actions.failure(&[URL], on_github("1"));
+        assert!(
+            error.contains("has no attestation that some-organisation/their-relay built it from"),
+            "{error}"
+        );
+        succeeds(&actions.install(&[URL], on_github("0")));
+        let asked = actions.file("asked");
+        assert!(asked.contains(&wanted), "{asked}");
+    }
 }
 
 #[test]
