@@ -2,7 +2,7 @@
 
 use crate::support::{nix::*, *};
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 
@@ -105,6 +105,7 @@ impl Actions {
             .env("GITHUB_PATH", self.dir.path("path"))
             .env("GITHUB_ENV", self.dir.path("env"))
             .env("GITHUB_OUTPUT", self.dir.path("output"))
+            .env("GITHUB_EVENT_NAME", "push")
             .env("GITHUB_REPOSITORY", "job/repository")
             .env("GITHUB_API_URL", self.url() + "/api")
             .env("GITHUB_SERVER_URL", self.url());
@@ -163,7 +164,7 @@ fn the_released_client_is_in_the_path_and_knows_its_relay() {
     succeeds(&actions.install(&[("url", &url), ("audience", "some audience")], |_| ()));
     let path = actions.file("path");
     let output = format!(
-        "path={}/nix-relay\nversion={}\n",
+        "path={}/nix-relay\nversion={}\nremote=false\n",
         path.trim(),
         env!("CARGO_PKG_VERSION")
     );
@@ -187,6 +188,77 @@ fn the_released_client_is_in_the_path_and_knows_its_relay() {
     let input = next.stdin.take();
     assert_eq!(texts(&next.wait_with_output().unwrap()).0, "hello\n");
     drop(input);
+}
+
+/// What a job does whose nix-daemon knows nothing of it: the action's step, and then, as a user whom that daemon does not
+/// trust, a plain `nix build`.
+fn job_with_nix_daemon(farm: &Farm, relay: &str, script: &str) -> (Output, Runner, String) {
+    let (actions, runner) = (Actions::start(), farm.runner());
+    let file = runner.derivation("hello", script);
+    let nix = actions.dir.path("nix");
+    // Like that of nixos/nix, a link into what nobody may change.
+    actions
+        .dir
+        .write("nix.conf.there", "max-jobs = 4\nbuilders =\n");
+    fs::create_dir(actions.dir.path("etc")).unwrap();
+    symlink("../nix.conf.there", actions.dir.path("etc/nix.conf")).unwrap();
+    // And like that of Determinate Nix, with another file for changes.
+    actions.dir.write("etc/nix.custom.conf", "");
+    fs::create_dir(actions.dir.path("home")).unwrap();
+    let all = fs::Permissions::from_mode(0o777);
+    fs::set_permissions(actions.dir.path("home"), all).unwrap();
+    // Processes of its own, so that no other nix-daemon is restarted by mistake.
+    let mut command = actions.step("timeout", &[("url", relay), ("builders", "true")]);
+    command.args(["60", "unshare", "--pid", "--fork", "--kill-child"]);
+    let own_store = project("test/support/own-store");
+    command.arg("--mount-proc").arg(own_store).arg(&nix);
+    command.args(["bash", "-euc"]).arg(
+        r#"nix-store --init
+        (for name in ${!ACTIONS_@}; do unset "$name"; done; exec nix-daemon 2>$HOME/journal) &
+        until nix store ping --store daemon 2>&-; do sleep 0.1; done
+        "$0"
+        for name in ${!ACTIONS_@} ${!NIX_RELAY_@}; do unset "$name"; done
+        export HOME=$HOME/home NIX_REMOTE=daemon
+        setpriv --reuid=65534 --regid=65534 --clear-groups nix build -L --no-link -f "$1""#,
+    );
+    command.arg(actions.program()).arg(&file);
+    command
+        .env("NIX_CONFIG", CONFIG)
+        .env("NIX_CONF_DIR", actions.dir.path("etc"))
+        .env("NIX_RELAY_RETRY_SECS", "1")
+        .envs(token_variables(&farm.issuer));
+    let output = command.output().unwrap();
+    assert!(actions.file("nix.conf.there").ends_with("builders =\n"));
+    assert!(
+        actions
+            .file("etc/nix.custom.conf")
+            .contains("\nmax-jobs = 0\n")
+    );
+    let out = runner.out_path(&file);
+    (output, runner, out)
+}
+
+#[test]
+fn with_builders_all_that_a_nix_daemon_builds_is_built_behind_the_relay() {
+    let farm = Farm::start();
+    let relay = format!("ws://{}", farm.relay.address);
+    let (output, _runner, path) = job_with_nix_daemon(&farm, &relay, "echo hi > $out");
+    succeeds(&output);
+    assert_eq!(fs::read(farm.file(&path)).unwrap(), b"hi\n");
+}
+
+/// Nix itself says only that it has found no machine.
+#[test]
+fn with_builders_whoever_waits_for_the_build_sees_why_there_is_none() {
+    let farm = Farm::start();
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let relay = format!("ws://{}", nobody.local_addr().unwrap());
+    drop(nobody);
+    let (output, ..) = job_with_nix_daemon(&farm, &relay, "echo hi > $out");
+    let (_, log) = texts(&output);
+    assert!(!output.status.success(), "{log}");
+    assert!(log.contains("nix-relay: cannot reach"), "{log}");
+    assert!(log.contains("Failed to find a machine"), "{log}");
 }
 
 #[test]
@@ -237,6 +309,17 @@ fn inputs_that_cannot_be() {
             "wss://relay\nLD_PRELOAD=x",
             "each input must be one line",
         ),
+        ("builders", "yes", "must be true or false, but one is 'yes'"),
+        (
+            "jobs",
+            "0",
+            "the input jobs must be a number, but it is '0'",
+        ),
+        (
+            "systems",
+            "x86_64-linux - 99; ssh://other",
+            "must be names, separated by commas",
+        ),
         ("binary", "not-there", "but there is none at 'not-there'"),
         (
             "repository",
@@ -273,6 +356,26 @@ fn few_programs_are_enough_and_each_that_is_missing_is_named() {
     let sum = format!("[ $# = 1 ] && exec {} \"$1\"", found("sha256sum"));
     few.script("sha256sum", &sum);
     succeeds(&actions.install(&[URL], only_few));
+}
+
+#[test]
+fn without_a_token_a_pull_request_builds_here_and_a_push_fails() {
+    let actions = Actions::start();
+    let event = |name: &'static str| {
+        move |command: &mut Command| {
+            command.env("GITHUB_EVENT_NAME", name);
+        }
+    };
+    let inputs = [URL, ("builders", "true"), ("require-token", "true")];
+    for (inputs, name) in [(&inputs[..2], "push"), (&inputs, "pull_request")] {
+        let error = actions.failure(inputs, event(name));
+        assert!(error.starts_with("no token: "), "{error}");
+    }
+    let output = actions.install(&inputs[..2], event("pull_request"));
+    succeeds(&output);
+    let (out, _) = texts(&output);
+    assert!(out.starts_with("::notice::nix-relay: ") && out.lines().count() == 1);
+    assert_eq!(actions.file("output"), "remote=false\n");
 }
 
 #[test]
