@@ -1,0 +1,297 @@
+//! What both clients promise, each case over both: `nix-relay --stdio` and client.sh. Their words may differ, so this is
+//! about the exit status, standard output, and the word that tells what is wrong.
+
+use crate::support::{nix::*, *};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Command, Stdio};
+use std::thread;
+use tungstenite::{accept, protocol::CloseFrame};
+
+const TOKEN: &str = "NIX_RELAY_TOKEN";
+const ACTIONS: &str = "ACTIONS_ID_TOKEN_REQUEST_URL";
+const GITLAB: &str = "GITLAB_OIDC_TOKEN";
+const CIRCLE: &str = "CIRCLE_OIDC_TOKEN_V2";
+
+/// Both clients, as Nix runs them in a job that has the URL of a relay; they do not try again.
+fn clients(home: &Dir, url: &str) -> [Command; 2] {
+    [script(), native()].map(|program| {
+        let mut command = job(program, home);
+        command.arg("--stdio").env("NIX_RELAY_URL", url);
+        command.env("NIX_RELAY_RETRY_SECS", "0");
+        command
+    })
+}
+
+fn url(relay: &Relay) -> String {
+    format!("ws://{}", relay.address)
+}
+
+/// What one says before it fails: one line, with nothing on standard output. Its input stays open.
+fn failure(command: &mut Command) -> String {
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let input = child.stdin.take();
+    let output = child.wait_with_output().unwrap();
+    drop(input);
+    let (out, log) = texts(&output);
+    assert_eq!((output.status.code(), &*out), (Some(1), ""), "{log}");
+    let is_one = log.starts_with("nix-relay") && log.matches('\n').count() == 1;
+    assert!(is_one, "not one line: {log:?}");
+    log
+}
+
+/// Both fail with a line that has all of these words.
+fn both_fail(home: &Dir, url: &str, variables: &[(&str, &str)], words: &[&str]) {
+    for mut command in clients(home, url) {
+        let line = failure(command.envs(variables.iter().copied()));
+        let has_all = words.iter().all(|word| line.contains(word));
+        assert!(has_all, "{url:?} {variables:?}: {line}");
+        assert!(!line.contains("secret"), "{line}");
+    }
+}
+
+/// A session that echoes, and ends well with its input: the `sub` of the token that got in.
+fn who(relay: &Relay, number: usize, command: &mut Command) -> String {
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut answer = [0];
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(b"x").unwrap();
+    let stdout = child.stdout.as_mut().unwrap();
+    stdout.read_exact(&mut answer).unwrap();
+    drop(stdin);
+    assert!(wait(&mut child, LIMIT).success());
+    let line = relay.log.wait(&format!("session opened session={number} "));
+    let sub = line.split("sub=\"").nth(1).unwrap();
+    sub.split('"').next().unwrap().to_owned()
+}
+
+/// Each request gets this answer.
+fn answering(answer: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("ws://{}", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            read_head(&mut stream);
+            let _ = stream.write_all(answer.as_bytes());
+        }
+    });
+    url
+}
+
+/// Each session ends at once with this Close.
+fn closing(frame: Option<CloseFrame>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let mut socket = accept(stream).unwrap();
+            let _ = socket.close(frame.clone());
+            while socket.read().is_ok() {}
+        }
+    });
+    address
+}
+
+#[test]
+fn settings_that_cannot_be() {
+    let home = Dir::new();
+    for url in ["", "https://relay", "relay:80", "https://user:secret@relay"] {
+        both_fail(&home, url, &[], &["NIX_RELAY_URL"]);
+    }
+    let url = "ws://127.0.0.1:1";
+    for token in ["a\r\nX: secret", "'secret'", "secret b", "\n"] {
+        both_fail(&home, url, &[(TOKEN, token)], &[TOKEN, "invalid"]);
+    }
+    let name = "NIX_RELAY_KEEPALIVE_SECS";
+    both_fail(&home, url, &[(name, "1m"), (TOKEN, "x")], &[name, "1m"]);
+    both_fail(
+        &home,
+        url,
+        &[],
+        &["no token", TOKEN, ACTIONS, GITLAB, CIRCLE],
+    );
+}
+
+/// What Nix passes for a store of ssh://.
+#[test]
+fn the_other_protocol_of_nix() {
+    let home = Dir::new();
+    for program in [script(), native()] {
+        let line = failure(job(program, &home).args(["--serve", "--write"]));
+        assert!(line.contains("ssh-ng://"), "{line}");
+    }
+}
+
+#[test]
+fn no_relay_there() {
+    let home = Dir::new();
+    let token = [(TOKEN, "token")];
+    let closed = "ws://127.0.0.1:1";
+    both_fail(
+        &home,
+        closed,
+        &token,
+        &["cannot reach ws://127.0.0.1:1/relay: "],
+    );
+    let named = "ws://user:secret@127.0.0.1:1/a";
+    both_fail(&home, named, &token, &["cannot reach ws://127.0.0.1:1/a: "]);
+    both_fail(&home, "wss://nowhere.invalid", &token, &["nowhere.invalid"]);
+}
+
+#[test]
+fn each_token_source_in_its_order() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    for client in 0..2 {
+        let relay = Relay::start(&issuer);
+        let named = |name: &str| issuer.token_with(json!({"sub": name}));
+        let [sh, rs] = clients(&home, &url(&relay));
+        let mut command = [sh, rs].into_iter().nth(client).unwrap();
+        let mut number = 0;
+        let mut is = |command: &mut Command, expected: &str| {
+            number += 1;
+            assert_eq!(who(&relay, number, command), expected);
+        };
+        is(command.env(CIRCLE, named("circle")), "circle");
+        is(command.env(GITLAB, named("gitlab")), "gitlab");
+        let of_actions = "repo:example-org/project:ref:refs/heads/main";
+        is(command.envs(token_variables(&issuer)), of_actions);
+        is(command.env(TOKEN, named("line") + "\r\n"), "line");
+        command.env("NIX_RELAY_URL", url(&relay) + "/\r\n");
+        is(command.env(TOKEN, "").env(ACTIONS, ""), "gitlab");
+    }
+}
+
+#[test]
+fn the_audience_is_asked_for() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let setup = Setup::new(&issuer).set("AUDIENCE", "https://relay:1/a");
+    let relay = setup.start();
+    for (number, mut command) in clients(&home, &url(&relay)).into_iter().enumerate() {
+        let line = failure(command.envs(token_variables(&issuer)));
+        assert!(line.contains("401"), "{line}");
+        command.env("NIX_RELAY_AUDIENCE", "https://relay:1/a");
+        command.env(ACTIONS, format!("{}/token?a=b", issuer.url()));
+        who(&relay, number + 1, &mut command);
+    }
+    let asked = issuer.requests();
+    let with_query = asked
+        .iter()
+        .filter(|url| url.starts_with("/token?a=b&audience=https%3"));
+    assert_eq!(with_query.count(), 2, "{asked:?}");
+}
+
+#[test]
+fn a_token_endpoint_that_fails() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let [endpoint, secret] = token_variables(&issuer);
+    // A token elsewhere is not taken instead.
+    let variables = [
+        (endpoint.0, &*endpoint.1),
+        (secret.0, &*secret.1),
+        (GITLAB, "token"),
+    ];
+    let fail = |words: &[&str]| both_fail(&home, "ws://127.0.0.1:1", &variables, words);
+    for (status, shown) in [(302, "302"), (401, "401"), (404, "404"), (500, "500")] {
+        issuer.answer("/token", status, "{\"value\": \"wrong\"}");
+        fail(&[ACTIONS, shown]);
+    }
+    for junk in [
+        "",
+        "<html>",
+        "{}",
+        "[]",
+        "{\"value\": 3}",
+        "{\"value\": \"\"}",
+    ] {
+        issuer.answer("/token", 200, junk);
+        fail(&[ACTIONS, "value"]);
+    }
+    issuer.answer("/token", 200, "{\"value\": \"a b\"}");
+    fail(&[ACTIONS, "invalid"]);
+}
+
+#[test]
+fn refusals() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let relay = Relay::start(&issuer);
+    let stranger = issuer.token_with(json!({"repository_owner": "stranger"}));
+    for (path, token, status) in [
+        ("relay", "junk", "401"),
+        ("relay", &stranger, "403"),
+        ("no", "junk", "404"),
+    ] {
+        let request = upgrade_request(&format!("Authorization: Bearer {token}\r\n"));
+        let request = request.replace("/relay", &format!("/{path}"));
+        let answer = relay.exchange(request.as_bytes());
+        let body = answer.split("\r\n\r\n").nth(1).unwrap().trim();
+        let url = format!("{}/{path}", url(&relay));
+        both_fail(
+            &home,
+            &url,
+            &[(TOKEN, token)],
+            &["the relay refused: ", status, body],
+        );
+    }
+}
+
+/// From who is not the relay, or would do something to a terminal.
+#[test]
+fn answers_of_others() {
+    let home = Dir::new();
+    let token = [(TOKEN, "token")];
+    let page = "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n\
+                <html><head></head><body>nginx</body></html>\n";
+    let of_a_proxy = ["a proxy or web server answered in the relay's place", "502"];
+    both_fail(&home, &answering(page), &token, &of_a_proxy);
+    let strange = "HTTP/1.1 403 No\r\nContent-Length: 5000000\r\n\r\na\x1b]0;b\x07c\u{9b}d\u{202e}e\u{2066}f\u{61c}g\nnor anyone";
+    let address = answering(strange);
+    for mut command in clients(&home, &address) {
+        let line = failure(command.envs(token));
+        assert!(line.contains("the relay refused: 403: a"), "{line}");
+        let is_harmful = |c: char| c.is_control() || "\u{202e}\u{2066}\u{61c}".contains(c);
+        assert!(!line.trim_end().contains(is_harmful), "{line:?}");
+    }
+}
+
+#[test]
+fn the_reason_of_an_early_end_is_shown() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let setup = Setup::new(&issuer).daemon("echo boom >&2; exit 7");
+    let relay = setup.start();
+    let token = issuer.token();
+    let words = ["the relay ended the session", "1011", "boom"];
+    both_fail(&home, &url(&relay), &[(TOKEN, &token)], &words);
+    for code in [1001, 1002, 1008, 1012] {
+        let (code, reason) = (code.into(), "it had to be".into());
+        let frame = CloseFrame { code, reason };
+        let place = format!("ws://{}", closing(Some(frame)));
+        let words = ["the relay ended the session", "it had to be"];
+        both_fail(&home, &place, &[(TOKEN, "token")], &words);
+    }
+    let place = format!("ws://{}", closing(None));
+    both_fail(
+        &home,
+        &place,
+        &[(TOKEN, "token")],
+        &["the relay ended the session"],
+    );
+}
+
+#[test]
+fn a_warning_without_tls() {
+    let home = Dir::new();
+    for (place, warned) in [
+        ("ws://nowhere.invalid:80", true),
+        ("ws://localhost:1", false),
+        ("ws://127.0.0.2:1", false),
+        ("ws://[::1]:1", false),
+        ("wss://nowhere.invalid", false),
+    ] {
+        for mut command in clients(&home, place) {
+            let (_, log) = texts(&command.env(TOKEN, "token").output().unwrap());
+            assert_eq!(log.contains("unencrypted"), warned, "{log}");
+        }
+    }
+}
