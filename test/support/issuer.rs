@@ -265,6 +265,7 @@ fn respond(url: &str, path: &str, request: &tiny_http::Request) -> (u16, String)
             match (allowed, audience) {
                 (true, Some(audience)) => {
                     let audience = audience.replace("%3A", ":").replace("%2F", "/");
+                    let audience = audience.replace("%3a", ":").replace("%2f", "/");
                     let claims = raw_claims(&claims(url, &audience));
                     json!({"value": keys().rsa.sign(claims).unwrap()})
                 }
