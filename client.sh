@@ -2,15 +2,19 @@
 # Carries stdin and stdout to a nix-relay, with an OIDC token of this CI job:
 #   nix build --store 'ssh-ng://localhost?remote-program=/path/to/client.sh'
 # NIX_RELAY_URL says where the relay is; README.md has the rest.
+#
+# websocat has the session. This shell reads what websocat logs, says in one line what went wrong, and asks with curl
+# what websocat does not tell. Nix kills this shell when it is done; `guard` then ends the session.
 set -euo pipefail
 # Patterns match bytes: a token is ASCII, and so is what may be shown of an answer.
 LC_ALL=C
 # bash 3.2 takes these from variables alone.
 is_url='^(wss?://)([^/?#@]*@)?([^/?#@]+)([^#]*)'
-has_user='^([^/]*//)?[^/?#]*@(.*)$'
+is_http='^http://([^/?#@]*@)?([^/?#@]+)'
 is_here='^(([^:]+\.)?localhost|127\.[0-9.]+|\[::1])(:[0-9]*)?$'
 has_value='"value"[[:space:]]*:[[:space:]]*"([^"\]+)"'
-has_title='<[Tt][Ii][Tt][Ll][Ee][^>]*>([^<]+)'
+has_status=$'^(.*)\nstatus ([0-9]+)$'
+has_code='status_code: ([0-9]+), reason: "(.*)" }'
 is_old='^websocat (0|1\.[0-9]|1\.1[0-3])\.'
 
 say() {
@@ -22,23 +26,34 @@ fail() {
   exit 1
 }
 
-# Tokens leave the environment at once, and are given to the one program that needs each.
-secrets=(NIX_RELAY_TOKEN ACTIONS_ID_TOKEN_REQUEST_TOKEN GITLAB_OIDC_TOKEN CIRCLE_OIDC_TOKEN_V2)
-export -n "${secrets[@]}" ACTIONS_ID_TOKEN_REQUEST_URL token=''
+# Text from the other side on one line, short, and without what a terminal would obey.
+shown() {
+  local text=${1#"${1%%[![:space:]]*}"}
+  text=${text%%[$'\r\n']*}
+  text=${text:0:400}
+  printf '%s' "${text//[^ -~]/?}"
+}
 
 [[ ${1:-} != --serve ]] ||
   fail 'use ssh-ng:// instead of ssh://, as in ssh-ng://localhost?remote-program=/path/to/client.sh'
 
-for program in curl websocat cat sh; do
-  type -P "$program" >/dev/null || fail "$program is not installed (curl and websocat must be)"
+missing=''
+for program in curl websocat cat env sh sleep; do
+  type -P "$program" >/dev/null || missing+=", $program"
 done
+[[ ! $missing ]] || fail "not installed: ${missing#, }"
+
+# Where a token may come from, in this order. Secrets leave the environment at once, and only the program that needs one
+# gets it.
+sources=(NIX_RELAY_TOKEN NIX_RELAY_TOKEN_COMMAND ACTIONS_ID_TOKEN_REQUEST_URL GITLAB_OIDC_TOKEN CIRCLE_OIDC_TOKEN_V2)
+secrets=("${sources[@]}" ACTIONS_ID_TOKEN_REQUEST_TOKEN)
+export -n "${secrets[@]}" token=''
 
 given=${NIX_RELAY_URL:-}
 while [[ $given == *[$'\r\n'] ]]; do given=${given%?}; done
 if ! [[ $given =~ $is_url ]]; then
-  # A user name is not shown.
-  [[ $given =~ $has_user ]] && given=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
-  [[ $given ]] && given="it is '$given'" || given='it is not set'
+  # A user name and password are not shown.
+  [[ $given ]] && given="it is '${given##*@}'" || given='it is not set'
   fail "set NIX_RELAY_URL to where the relay is, as wss://HOST or ws://HOST:PORT ($given)"
 fi
 scheme=${BASH_REMATCH[1]} host=${BASH_REMATCH[3]} path=${BASH_REMATCH[4]}
@@ -47,266 +62,239 @@ url=$scheme$host$path
 [[ $scheme == wss:// || $host =~ $is_here ]] ||
   say "warning: the token goes unencrypted to $host; use wss:// instead"
 
-keepalive=${NIX_RELAY_KEEPALIVE_SECS:-30}
-[[ $keepalive =~ ^[0-9]{1,9}$ ]] ||
-  fail "NIX_RELAY_KEEPALIVE_SECS must be a whole number of seconds (it is '$keepalive')"
-keepalive=$((10#$keepalive))
+keepalive=${NIX_RELAY_KEEPALIVE_SECS:-30} queue=${NIX_RELAY_QUEUE_SECS:-3600}
+[[ $keepalive:$queue =~ ^[0-9]{1,9}:[0-9]{1,9}$ ]] ||
+  fail "NIX_RELAY_KEEPALIVE_SECS ('$keepalive') and NIX_RELAY_QUEUE_SECS ('$queue') must be whole numbers of seconds"
+keepalive=$((10#$keepalive)) queue=$((10#$queue))
 
-# Text as a part of a URL's query.
-encoded() {
-  local text=$1 byte
-  while [[ $text ]]; do
-    printf -v byte '%d' "'$text"
-    if [[ $text == [A-Za-z0-9._~-]* ]]; then
-      printf '%s' "${text:0:1}"
-    else
-      printf '%%%02X' $((byte & 255))
-    fi
-    text=${text:1}
-  done
+# The output of the user's own command, which sees the environment as it was.
+command_token() {
+  local answer='' limit=(env) status=''
+  # This ends the command, too. BusyBox before 1.30 has another one.
+  ! timeout 9 true 2>/dev/null || limit=(timeout 30)
+  # The command's text could hold a secret, so it is in no argument list.
+  # shellcheck disable=SC2016
+  IFS= read -r -d '' -n 16400 -t 31 answer < <(
+    export "${secrets[@]}"
+    "${limit[@]}" sh -c 'eval "$NIX_RELAY_TOKEN_COMMAND"' </dev/null 3<&- 4>&- || status=$?
+    printf '\nstatus %s' "${status:-0}"
+  ) && no_token 'it printed more than 16 KiB'
+  [[ $answer =~ $has_status && ${BASH_REMATCH[2]} != 124 ]] || no_token 'it did not end within 30 s'
+  [[ ${BASH_REMATCH[2]} == 0 ]] || no_token "it ended with status ${BASH_REMATCH[2]}"
+  token=${BASH_REMATCH[1]}
 }
 
 # The token that GitHub and Forgejo give to a job with the permission id-token: write.
 actions_token() {
   local answer status request=$ACTIONS_ID_TOKEN_REQUEST_URL
-  [[ $request == *\?* ]] && request+='&' || request+='?'
-  request+=audience=$(encoded "${NIX_RELAY_AUDIENCE:-api://nix-relay}")
-  # What curl says of a first try may stand before the answer to the next.
-  answer=$(printf 'Authorization: Bearer %s' "$ACTIONS_ID_TOKEN_REQUEST_TOKEN" |
-    curl -q -sS --fail --retry 2 --retry-connrefused --connect-timeout 10 --max-time 30 -w '\n%{http_code}' \
-      -H @- "$request" 2>&1) || true
-  status=${answer##*$'\n'}
-  if [[ $status == 000 ]]; then
-    answer=${answer##*curl: (}
-    answer=${answer#*) }
-    fail "no token from $source: ${answer%%$'\n'*}"
+  local options=(-q -sS --fail -G -w '\n%{http_code}' --retry 2 --retry-connrefused --connect-timeout 10 --max-time 30)
+  if [[ $request != https://* ]]; then
+    [[ $request =~ $is_http && ${BASH_REMATCH[2]} =~ $is_here ]] ||
+      no_token "it must begin with https://, or the job's secret would go unencrypted"
+    options+=(--noproxy '*')
   fi
-  [[ $status == 200 ]] || fail "no token from $source: it answered with status $status"
-  [[ $answer =~ $has_value ]] || fail "no token from $source: its answer has no .value"
+  # What curl says of a first try may stand before the answer to the next.
+  answer=$(curl "${options[@]}" -H @<(printf 'Authorization: Bearer %s' "$ACTIONS_ID_TOKEN_REQUEST_TOKEN") \
+    --data-urlencode "audience=${NIX_RELAY_AUDIENCE:-api://nix-relay}" "$request" 2>&1) || true
+  status=${answer##*$'\n'} words=${answer##*curl: (}
+  [[ $status != 000 ]] || no_token "$(shown "${words#*) }")"
+  [[ $status == 200 ]] || no_token "it answered with status $status"
+  [[ $answer =~ $has_value ]] || no_token 'its answer has no .value'
   token=${BASH_REMATCH[1]}
 }
 
-if [[ ${NIX_RELAY_TOKEN:-} ]]; then
-  source='in NIX_RELAY_TOKEN' token=$NIX_RELAY_TOKEN
-elif [[ ${ACTIONS_ID_TOKEN_REQUEST_URL:-} && ${ACTIONS_ID_TOKEN_REQUEST_TOKEN:-} ]]; then
-  source=ACTIONS_ID_TOKEN_REQUEST_URL
-  actions_token
-  source="from $source"
-elif [[ ${GITLAB_OIDC_TOKEN:-} ]]; then
-  source='in GITLAB_OIDC_TOKEN' token=$GITLAB_OIDC_TOKEN
-elif [[ ${CIRCLE_OIDC_TOKEN_V2:-} ]]; then
-  source='in CIRCLE_OIDC_TOKEN_V2' token=$CIRCLE_OIDC_TOKEN_V2
-else
-  fail 'no token: set NIX_RELAY_TOKEN, or let the job have one: GitHub or Forgejo (permission id-token: write) sets ACTIONS_ID_TOKEN_REQUEST_URL and _TOKEN, GitLab (id_tokens) GITLAB_OIDC_TOKEN, CircleCI CIRCLE_OIDC_TOKEN_V2'
-fi
-while [[ $token == *[$'\r\n'] ]]; do token=${token%?}; done
-# What else could stand there would become a header line of its own.
-[[ $token =~ ^[A-Za-z0-9._~+/=-]+$ ]] ||
-  fail "the token $source contains invalid characters: it must be the token alone, without spaces, quotes or line breaks"
-
-# Text from the other side on one line, short, and without what a terminal would obey.
-shown() {
-  local text=$1
-  text=${text#"${text%%[![:space:]]*}"}
-  text=${text:0:400}
-  text=${text%"${text##*[![:space:]]}"}
-  printf '%s' "${text//[^ -~]/?}"
+no_token() {
+  fail "no token from $source: $1"
 }
 
-# Says why curl, which asked as websocat did, had no answer: its line of the error.
-unreachable() {
-  local code=${1#curl: (} words=${1#curl: (*) }
-  code=${code%%)*}
-  case $code:$words in
-    1:* | 8:*) words='its answer is not HTTP; is it a relay that listens there?' ;;
-    6:*) words+='; is the name right?' ;;
-    7:*) words+='; does the relay run, and is the port right?' ;;
-    28:Operation*) words='no answer within 10 s; is it a relay that listens there?' ;;
-    28:*SSL*) words='no TLS handshake within 10 s; does that port speak TLS?' ;;
-    28:*) words='no connection within 10 s; is a firewall in the way?' ;;
-    35:*) words="TLS failed: $words; does that port speak TLS?" ;;
-    52:* | 56:*) words+='; does the relay run?' ;;
-    60:*expired | 60:*'not yet valid' | 60:*'subject name'*) words="the certificate is not trusted: $words" ;;
-    60:*) words="the certificate is not trusted: $words; if the CA is your own, set SSL_CERT_FILE to its certificate" ;;
-  esac
-  printf 'cannot reach %s: %s' "$url" "$words"
-}
-
-# Says what an answer's status, reason phrase, type and body mean.
-refused() {
-  local status=$1 reason=$2 type=$3 body=$4
-  body=${body#"${body%%[![:space:]]*}"}
-  if [[ $type == *text/html* || $body == '<'* ]]; then
-    [[ $body =~ $has_title ]] && reason=$(shown "${BASH_REMATCH[1]}")
-    reason=${reason#"$status"}
-    reason=${reason# }
-    printf '%s' "a proxy or web server answered in the relay's place: $status${reason:+: $reason}"
-    printf '; does the relay run, and is NIX_RELAY_URL right?'
-  else
-    body=${body%%$'\n'*}
-    body=${body:-$reason}
-    printf '%s' "the relay refused: $status${body:+: $(shown "$body")}"
-  fi
-}
-
-# Asks as websocat did, for what websocat does not tell. After the process id, the answer, or the error, is on stdout.
-ask() {
-  printf 'Authorization: Bearer %s' "$token" |
-    curl -q -sS -D - -N --noproxy '*' --http1.1 --connect-timeout 10 --max-time 11 -H @- \
-      -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' \
-      -H 'Sec-WebSocket-Key: bml4LXJlbGF5LWNsaWVudA==' "http${url#ws}" 2>&1 &
-  echo "$!"
-}
-
-# Says why there is no session, from what `ask` finds and what websocat said. Reads no more of an answer than it shows,
-# as that may be long, or the session that websocat did not get.
-diagnosis() {
-  local curl line status=100 reason='' type='' body='' said=$1
-  IFS= read -r curl
-  while [[ $status == 1?? && $status != 101 ]]; do
-    IFS= read -r -n 4096 line || break
-    [[ $line == HTTP/* ]] || break
-    line=${line%$'\r'} && line=${line#* }
-    status=${line%% *} reason=${line#"$status"}
-    while [[ $status != 101 ]] && IFS= read -r -n 4096 line && [[ ${line%$'\r'} ]]; do
-      [[ $line != [Cc]ontent-[Tt]ype:* ]] || type=$line
-    done
+get_token() {
+  for source in "${sources[@]}"; do
+    [[ $source != ACTIONS_* || ${ACTIONS_ID_TOKEN_REQUEST_TOKEN:-} ]] || continue
+    [[ ! ${!source:-} ]] || break
   done
-  [[ $status == 1?? ]] || IFS= read -r -d '' -n 16384 body || true
-  kill "$curl" 2>/dev/null || true
-  if [[ $status != 1?? ]]; then
-    refused "$(shown "$status")" "$(shown "$reason")" "$type" "$body"
-  elif [[ $status == 100 && $line == 'curl: ('* ]]; then
-    unreachable "$line"
-  elif [[ $said == *'status code ('* ]]; then
-    said=${said##*status code (}
-    printf 'the relay refused: %s' "${said%)}"
-  else
-    [[ $said != *certificate* ]] || said+='; if the CA is your own, set SSL_CERT_FILE to its certificate'
-    printf 'cannot reach %s: %s' "$url" "$said"
-  fi
+  case $source in
+    NIX_RELAY_TOKEN_COMMAND) command_token ;;
+    ACTIONS_*) actions_token ;;
+    *) token=${!source:-} ;;
+  esac
+  [[ $token || $source != CIRCLE* ]] ||
+    fail 'no token: set NIX_RELAY_TOKEN or NIX_RELAY_TOKEN_COMMAND, or let the job have one: GitHub or Forgejo (permission id-token: write) sets ACTIONS_ID_TOKEN_REQUEST_URL and _TOKEN, GitLab (id_tokens) GITLAB_OIDC_TOKEN, CircleCI CIRCLE_OIDC_TOKEN_V2'
+  while [[ $token == *[$'\r\n'] ]]; do token=${token%?}; done
+  # What else could stand there would become a header line of its own.
+  [[ $token =~ ^[A-Za-z0-9._~+/=-]+$ ]] ||
+    fail "the token from $source contains invalid characters: it must be the token alone, without spaces, quotes or line breaks"
 }
 
-# Says, for a person, why websocat has no session.
-no_session() {
-  local version
-  version=$(websocat --version 2>&1) || true
-  if [[ $version =~ $is_old ]]; then
-    say "$version is too old: install 1.14 or newer (cargo install websocat)"
-  else
-    say "$(ask | diagnosis "$1")"
-  fi
+# Its process id, and then what two modules of websocat log, if it has an "e": so there is no line for each message. Other
+# modules would show the token.
+#
+# websocat's own standard input and output would be slow, or lose the end of an answer. So two cats stand between, which
+# are no children of it, as it would kill them. When one has brought the end of the answer to Nix, there is no use for the
+# other; until then the log stays open.
+#
+# websocat may leave a frame half sent until the next one. A ping each second mends that, and is the clock of `carry`.
+session() {
+  # shellcheck disable=SC2016
+  local cats='trap "" PIPE
+    unset WEBSOCAT_BASIC_AUTH RUST_LOG
+    exec 5<&0
+    {
+      cat <&3 2>/dev/null 4>&- 5<&- &
+      input=$!
+      exec >&4 3<&- 4>&-
+      cat <&5 &
+      echo "cat $!" >&2
+      wait "$!"
+      kill "$input"
+    } &'
+  # Without TLS it need not read a hundred certificates, which takes a tenth of a second.
+  [[ $scheme == wss:// ]] || export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null
+  export RUST_LOG='websocat::ws_peer=debug,websocat::ws_client_peer=info/e' WEBSOCAT_BASIC_AUTH="oidc:$token"
+  sh -c 'echo "$PPID"'
+  exec websocat --binary --close-status-code 1000 --ping-interval 1 "$url" "sh-c:$cats" 2>&1
 }
 
-# Whether Nix has yet to take what came, or takes it now, so that we do not wait for the relay. Only Linux tells.
-busy() {
-  local name value before=$switches
-  [[ -r /proc/$output/status ]] || return
-  ! read -r -t 0 <"/proc/$output/fd/0" || return 0
-  while read -r name value; do
-    [[ $name != voluntary_ctxt_switches: ]] || switches=$value
-  done <"/proc/$output/status"
-  [[ $switches != "$before" ]]
-} 2>/dev/null
-
-# Whether Nix has killed this shell, even if it does not yet wait for it: then, on Linux, there is no working directory.
-killed() {
-  ! kill -0 "$$" 2>/dev/null || [[ -e /proc/self/cwd && ! -e /proc/$$/cwd ]]
+# Ends websocat as soon as nobody can tell its process id any more, as the session is over, or Nix has killed this shell.
+# It has 5 s to end by itself: then the relay hears a Close.
+guard() {
+  local websocat second
+  read -r websocat
+  read -r || true
+  for ((second = 0; second < 5; second++)); do
+    kill -0 "$websocat"
+    sleep 1
+  done
+  kill -KILL "$websocat"
 }
 
-# A second of a session has passed: is there still anybody at either end?
-tick() {
-  if killed; then
-    # The end of its input has websocat send a Close. This sees to it that it ends.
-    kill "$input" 2>/dev/null || true
-    ((++orphaned < 5)) || kill -KILL "$websocat" 2>/dev/null || true
-  fi
-  ! busy || silent=0
-  ((keepalive == 0 || ++silent <= 3 * keepalive)) && return
-  broken "no response from the relay for three keepalive intervals ($((3 * keepalive)) s)"
-  kill -KILL "$websocat" 2>/dev/null || true
-}
-
-# The first thing that went wrong is said, the rest follows from it.
-ended() {
-  [[ $failed ]] || say "$1"
-  failed=yes
-}
-
-broken() {
-  ended "the session broke off: $1"
-}
-
-# Reads what websocat logs, says in one line what went wrong, and ends it when nobody is at the other end. It holds
-# stdout open until then, so that Nix, which gives up at the end of that, waits for the line.
-supervise() {
-  local websocat line second connected='' error='' failed='' silent=0 orphaned=0 input='' output='' switches=''
-  IFS= read -r websocat
+# Starts websocat, and waits until it has a session; else `said` is what it said first.
+connect() {
+  local line second
+  said=''
+  exec 6> >(guard >/dev/null 2>&1 3<&- 4>&-)
+  exec 5< <(session 6>&-)
+  read -r websocat <&5
+  echo "$websocat" >&6
   # A full relay lets its clients wait for 30 s, and answers then.
   for ((second = 0; second < 40; second++)); do
-    ! killed || break
-    while IFS= read -r -t 1 line; do
+    # Nix may be gone; while we wait, nothing else would tell.
+    kill -0 "$parent" 2>/dev/null || exit 1
+    while IFS= read -r -t 1 line <&5; do
       case $line in
-        *'Connected to ws'*) connected=yes && break 2 ;;
-        'websocat: '* | thread*panicked*) error=${error:-$line} ;;
+        *'] Connected to ws'*) return 0 ;;
+        'websocat: '* | thread*panicked*) said=${said:-${line#websocat: }} ;;
       esac
     done
   done
-  if [[ ! $connected ]]; then
-    kill -KILL "$websocat" 2>/dev/null || true
-    error=${error:-no answer within 40 s; is it a relay that listens there?}
-    error=${error#websocat: }
-    no_session "$(shown "${error//WebSocketError: /}")"
-    return 1
-  fi
+  exec 6>&-
+  said=${said//WebSocketError: /}
+  said=$(shown "${said:-no answer within 40 s}")
+  return 1
+}
 
-  while IFS= read -r line; do
+# Finds why there is no session: `reason`, and whether the relay is `full`. Asks as websocat did, and reads no more of the
+# answer than it shows, as that may be long, or the session that websocat did not get.
+diagnose() {
+  local seconds=11 curl line status='' body='' hint version
+  version=$(websocat --version 2>&1) || true
+  ! [[ $version =~ $is_old ]] || fail "$version is too old: install 1.14 or newer (cargo install websocat)"
+  # A full relay lets curl wait, too.
+  [[ $said != *'(503 '* ]] || seconds=40
+  exec 7< <(
+    sh -c 'echo "$PPID"'
+    exec curl -q -sS -D - -N --noproxy '*' --http1.1 --connect-timeout 10 --max-time "$seconds" "http${url#ws}" \
+      -H 'Connection: Upgrade' -H 'Upgrade: websocket' -H 'Sec-WebSocket-Version: 13' \
+      -H 'Sec-WebSocket-Key: bml4LXJlbGF5LWNsaWVudA==' -H @<(printf 'Authorization: Bearer %s' "$token") 2>&1
+  )
+  read -r curl <&7
+  full=''
+  while IFS= read -r -n 4096 line <&7; do
+    line=${line%$'\r'}
     case $line in
-      'cats '*) input=${line#cats } output=${input#* } input=${input% *} ;;
-      *'] Sending WebSocket ping') tick ;;
-      *'] The close message is Some('*'{ status_code: 1000, reason: '*) ;;
-      *'] The close message is Some('*)
-        line=${line#*status_code: }
-        line=${line/, reason: \"/: }
-        line=${line%\" \})}
-        line=${line%: }
-        line=${line//\\\"/\"}
-        ended "the relay ended the session: $(shown "$line")" ;;
-      *'] The close message is None') ended 'the relay ended the session without a reason' ;;
-      *'] incoming None') broken 'the connection was closed; was the relay or a proxy restarted?' ;;
-      *'] Received '*) silent=0 ;;
-      'websocat: error running') ;;
-      'websocat: '* | thread*panicked*)
-        # Nix takes no more, which is not worth a line.
-        if [[ $line == *'Broken pipe'* ]] && ! kill -0 "$output" 2>/dev/null; then failed=yes; fi
-        line=${line#websocat: }
-        broken "$(shown "${line//WebSocketError: /}")" ;;
+      HTTP/*) status=${line#* } ;;
+      [Nn]ix-[Rr]elay-[Qq]ueue:*full*) full=yes ;;
+      '' | 'curl: ('*) break ;;
     esac
   done
-  [[ ! $input ]] || kill "$input" 2>/dev/null || true
-  [[ ! $failed ]]
+  [[ ! $status || $status == 101* ]] || IFS= read -r -d '' -n 16384 body <&7 || true
+  kill "$curl" 2>/dev/null || true
+
+  body=$(shown "$body")
+  hint='does the relay run, and is NIX_RELAY_URL right?'
+  if [[ $body == '<'* ]]; then
+    reason="a proxy or web server answered in the relay's place: $(shown "${status/ /: }"); $hint"
+  elif [[ $status && $status != 101* ]]; then
+    reason="the relay refused: ${status%% *}: ${body:-$(shown "${status#* }")}"
+  elif [[ $said == *'(503 '* ]]; then
+    # Now it has room.
+    full=yes reason="the relay refused: $said"
+  else
+    [[ $line != 'curl: ('* ]] || said=$(shown "${line#curl: (*) }")
+    [[ $said != *certificate* ]] || hint='if the CA is your own, set SSL_CERT_FILE to its certificate'
+    reason="cannot reach $url: $said; $hint"
+  fi
 }
 
-# What websocat logs, with its process id as the first line: all of two of its modules that has an "e", so that there is
-# no line for each message. Other modules would show the token.
-#
-# Its own standard input and output would be slow (threads, 8 KiB at a time) or lose the end of an answer (without: a
-# buffer that is not flushed again after it met a full pipe). So two cats stand between, of which none may hold open
-# what another waits to see the end of, nor be the child that websocat kills when it ends. A frame can be left half sent,
-# too, until the next one: a ping mends that, and is the clock of `supervise`.
-session() {
-  # shellcheck disable=SC2016
-  local cats='unset WEBSOCAT_BASIC_AUTH RUST_LOG; exec 5<&0; cat <&3 2>/dev/null 4>&- 5<&- & input=$!
-    cat <&5 >&4 2>/dev/null 3<&- & echo "cats $input $!" >&2'
-  echo "${BASHPID:-$(exec sh -c 'echo "$PPID"')}"
-  # Without TLS it need not read a hundred certificates.
-  [[ $scheme == wss:// ]] || export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null
-  export RUST_LOG='websocat::ws_peer=debug,websocat::ws_client_peer=info/e'
-  WEBSOCAT_BASIC_AUTH=oidc:$token exec websocat --binary --exit-on-eof --ping-interval 1 "$url" "sh-c:$cats"
+# Whether Nix has taken some of the answer since the last time, or lets some wait: either way, the answer of a ping may
+# have to wait behind that. Only Linux tells.
+busy() {
+  local before=$taken
+  { read -r _ taken <"/proc/$output/io"; } 2>/dev/null || return
+  [[ $taken != "$before" ]] || { read -r -t 0 <"/proc/$output/fd/0"; } 2>/dev/null
 }
 
-# Nix kills the program that it started as soon as it is done. That is this shell, which websocat outlives for as long as
-# it takes to see the end of its input, and to close the session.
-exec 3<&0 4>&1 6>&2
-# This shell would say that websocat was killed.
-{ session 2>&1 6>&- | supervise 2>&6 6>&-; } 2>/dev/null || exit 1
+# The session is over. Only the first reason is said: the rest follows from it.
+over() {
+  [[ $end || ! $1 ]] || say "$1"
+  end=${end:-badly}
+  exec 6>&-
+}
+
+# Reads what websocat logs until it has ended, and Nix has all of the answer.
+carry() {
+  local line output='' silent=0 taken='' end=''
+  while IFS= read -r line <&5; do
+    case $line in
+      'cat '[0-9]*) output=${line#cat } ;;
+      *'] Sending WebSocket ping')
+        ! busy || silent=0
+        ((keepalive == 0 || ++silent <= 3 * keepalive)) ||
+          over "the session broke off: no response from the relay for three keepalive intervals ($((3 * keepalive)) s)"
+        ;;
+      *'] The close message is Some('*)
+        [[ $line =~ $has_code ]]
+        [[ ${BASH_REMATCH[1]} != 1000 ]] || end=${end:-well}
+        over "the relay ended the session: ${BASH_REMATCH[1]}: $(shown "${BASH_REMATCH[2]//\\\"/\"}")"
+        ;;
+      *'] The close message is None') over 'the relay ended the session without a reason' ;;
+      *'] incoming None') over 'the session broke off: the connection was closed; was the relay or a proxy restarted?' ;;
+      *'] Received '*) silent=0 ;;
+      'websocat: '* | thread*panicked*)
+        line=${line#websocat: }
+        line="the session broke off: $(shown "${line//WebSocketError: /}")"
+        # That Nix takes no more is not worth a line.
+        [[ $line != *'Broken pipe'* ]] || kill -0 "$output" 2>/dev/null || line=''
+        over "$line"
+        ;;
+    esac
+  done
+  over 'the session broke off: websocat was killed'
+  [[ $end == well ]]
+}
+
+exec 3<&0 4>&1 </dev/null
+# Nix; or this shell, if that is another user's.
+parent=$PPID
+kill -0 "$parent" 2>/dev/null || parent=$$
+SECONDS=0 next=0
+while get_token && start=$SECONDS && ! connect; do
+  diagnose
+  [[ $full && $SECONDS -lt $queue ]] || fail "$reason"
+  if ((SECONDS >= next)); then
+    say "all sessions are in use; waiting for up to $((queue - SECONDS)) s"
+    next=$((SECONDS + 60))
+  fi
+  # Where the relay does not hold its clients.
+  ((SECONDS > start + 4)) || sleep 5
+done
+carry

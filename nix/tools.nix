@@ -1,6 +1,8 @@
 # The programs that the commands in test/ need.
 pkgs: [
   pkgs.bubblewrap
+  # Without its other names, which would hide real programs.
+  (pkgs.runCommand "busybox" { } "mkdir -p $out/bin && ln -s ${pkgs.busybox}/bin/busybox $out/bin")
   pkgs.caddy
   pkgs.cargo
   pkgs.clippy

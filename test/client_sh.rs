@@ -231,6 +231,15 @@ fn stranger(serve: impl Fn(usize, TcpStream) + Send + Sync + 'static) -> SocketA
     address
 }
 
+/// One that answers every request with this.
+fn answering(answer: impl Into<Vec<u8>>) -> SocketAddr {
+    let answer = answer.into();
+    stranger(move |_, mut stream| {
+        read_head(&mut stream);
+        let _ = stream.write_all(&answer);
+    })
+}
+
 /// One that opens a session for everybody.
 fn session(serve: impl Fn(&mut WebSocket<TcpStream>) + Send + Sync + 'static) -> SocketAddr {
     stranger(move |_, stream| {
@@ -527,4 +536,214 @@ fn an_interrupted_nix_leaves_nothing() {
     assert!(!wait(&mut build, LIMIT).success());
     eventually("nix and its clients are gone", LIMIT, || !anyone_with(&url));
     farm.relay.log.wait("session ended session=1 ");
+}
+
+/// Answers that the relay is full.
+const FULL: &str =
+    "HTTP/1.1 503 Service Unavailable\r\nNix-Relay-Queue: full\r\nContent-Length: 5\r\n\r\nfull\n";
+
+/// A session, its second attempt, with a token of its own; what asks in between is curl.
+#[test]
+fn a_full_relay_is_waited_for() {
+    let home = Dir::new();
+    let address = stranger(|number, mut stream| {
+        if number < 2 {
+            read_head(&mut stream);
+            let _ = stream.write_all(FULL.as_bytes());
+        } else {
+            close(&mut accept(stream).unwrap(), 1000, "");
+        }
+    });
+    let mut command = client_at(address, &home);
+    command.env_remove("NIX_RELAY_TOKEN").env(
+        "NIX_RELAY_TOKEN_COMMAND",
+        "echo x >>$HOME/asked; echo token",
+    );
+    let (status, _, log) = run(&mut command);
+    assert_eq!(status, Some(0), "{log}");
+    let line = "nix-relay-client: all sessions are in use; waiting for up to 3";
+    assert!(log.starts_with(line) && log.lines().count() == 1, "{log}");
+    assert_eq!(fs::read_to_string(home.path("asked")).unwrap(), "x\nx\n");
+}
+
+#[test]
+fn a_relay_that_stays_full_is_not_waited_for_any_longer() {
+    let home = Dir::new();
+    let mut command = client_at(answering(FULL), &home);
+    let (status, _, log) = run(command.env("NIX_RELAY_QUEUE_SECS", "4"));
+    assert_eq!(status, Some(1));
+    let lines: Vec<&str> = log.lines().collect();
+    assert_eq!(lines.len(), 2, "{log}");
+    assert!(lines[0].contains("waiting for up to "), "{log}");
+    assert_eq!(lines[1], "nix-relay-client: the relay refused: 503: full");
+    let refused = FULL.replace("Nix-Relay-Queue: full\r\n", "");
+    let line = failure(&mut client_at(answering(refused), &home));
+    assert_eq!(line, "the relay refused: 503: full");
+}
+
+/// No process is left that would take a session for a Nix that is gone.
+#[test]
+fn waiting_ends_with_nix() {
+    let home = Dir::new();
+    let mut command = client_at(answering(FULL), &home);
+    let nix = "trap '' INT; \"$0\" & wait";
+    let mut command = rewrapped(&mut command, nix);
+    let mut nix = spawn(&mut command);
+    Log::of(nix.stderr.take().unwrap()).wait("waiting for up to ");
+    nix.kill().unwrap();
+    nix.wait().unwrap();
+    let home = format!("HOME={}", home.path("").display());
+    eventually("nothing is left", LIMIT, || !anyone_with(&home));
+}
+
+/// Another script for the shell that starts client.sh.
+fn rewrapped(command: &mut Command, script: &str) -> Command {
+    let mut other = Command::new("sh");
+    other.args(["-c", script]).arg(project("client.sh"));
+    for (name, value) in command.get_envs() {
+        other.env(name, value.unwrap());
+    }
+    other
+}
+
+#[test]
+fn a_token_of_a_command() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let relay = Relay::start(&issuer);
+    let file = home.write("token", &issuer.token_with(json!({"sub": "file"})));
+    let mut command = client(&relay, &home);
+    command.env("GITLAB_OIDC_TOKEN", issuer.token());
+    command.env("FILE", file).env("LENGTH", "16385");
+    let with = "NIX_RELAY_TOKEN_COMMAND";
+    assert_eq!(who(&relay, command.env(with, "cat $FILE; echo")), "file");
+    // It may need what is taken from the others' environment.
+    command.env("CIRCLE_OIDC_TOKEN_V2", issuer.token());
+    who(&relay, command.env(with, "printenv CIRCLE_OIDC_TOKEN_V2"));
+
+    let output = command.env(with, "echo why >&2; exit 3").output().unwrap();
+    let (_, log) = texts(&output);
+    let ended = "nix-relay-client: no token from NIX_RELAY_TOKEN_COMMAND: it ended with status 3\n";
+    assert_eq!(log, format!("why\n{ended}"));
+    let too_long = failure(command.env(with, "head -c $LENGTH /dev/zero | tr '\\0' x"));
+    assert!(too_long.contains("16 KiB"), "{too_long}");
+    let none = failure(command.env(with, "true"));
+    assert!(none.contains("invalid characters"), "{none}");
+}
+
+/// And what it has started.
+#[test]
+fn a_command_that_does_not_end() {
+    let (home, nobody) = (Dir::new(), answering(""));
+    let mut command = client_at(nobody, &home);
+    command.env_remove("NIX_RELAY_TOKEN");
+    command.env("NIX_RELAY_TOKEN_COMMAND", "echo token; sleep 600; true");
+    let line = failure(&mut command);
+    assert!(line.ends_with(" it did not end within 30 s"), "{line}");
+    let home = format!("HOME={}", home.path("").display());
+    eventually("it is gone", LIMIT, || !anyone_with(&home));
+}
+
+/// A secret that would go in the clear, even with a name that looks like this machine's.
+#[test]
+fn a_token_endpoint_without_tls() {
+    let home = Dir::new();
+    let mut command = client_at(answering(""), &home);
+    command.env_remove("NIX_RELAY_TOKEN");
+    command.env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "secret");
+    for place in [
+        "http://issuer.invalid",
+        "http://127.0.0.1.issuer.invalid/",
+        "http://localhost@issuer.invalid",
+        "http://localhost:x@issuer.invalid",
+        "ftp://localhost",
+        "localhost",
+    ] {
+        let line = failure(command.env("ACTIONS_ID_TOKEN_REQUEST_URL", place));
+        assert!(line.contains("https://"), "{place}: {line}");
+    }
+    // Here it is for this machine alone, whatever proxy there is.
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let mut command = client(&relay, &home);
+    command.envs(token_variables(&issuer));
+    who(&relay, command.env("http_proxy", "http://127.0.0.1:1"));
+}
+
+/// A directory with nothing in it but these programs, as PATH.
+fn programs(names: &[&str], home: &Dir) -> Dir {
+    let bin = Dir::new();
+    for name in names {
+        let mut find = job("sh", home);
+        let found = find.args(["-c", &format!("command -v {name}")]).output();
+        let found = texts(&found.unwrap()).0;
+        std::os::unix::fs::symlink(found.trim(), bin.path(name)).unwrap();
+    }
+    bin
+}
+
+#[test]
+fn programs_that_are_missing_are_named() {
+    let home = Dir::new();
+    let all = ["bash", "cat", "curl", "env", "sh", "sleep", "websocat"];
+    for missing in &all[1..] {
+        let others: Vec<&str> = all.into_iter().filter(|name| name != missing).collect();
+        let bin = programs(&others, &home);
+        let line = failure(job(project("client.sh"), &home).env("PATH", bin.path("")));
+        assert_eq!(line, format!("not installed: {missing}"));
+    }
+    let bin = programs(&["bash", "cat", "env", "sh", "sleep"], &home);
+    let line = failure(job(project("client.sh"), &home).env("PATH", bin.path("")));
+    assert_eq!(line, "not installed: curl, websocat");
+}
+
+/// An image with BusyBox, and a path with a space.
+#[test]
+fn nothing_but_busybox() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let relay = Relay::start(&issuer);
+    let bin = programs(&["bash", "curl", "websocat", "busybox"], &home);
+    for name in ["cat", "env", "sh", "sleep", "timeout"] {
+        std::os::unix::fs::symlink("busybox", bin.path(name)).unwrap();
+    }
+    fs::create_dir(home.path("a b")).unwrap();
+    fs::copy(project("client.sh"), home.path("a b/client.sh")).unwrap();
+    let mut command = job(home.path("a b/client.sh"), &home);
+    command.env("NIX_RELAY_URL", format!("ws://{}", relay.address));
+    command
+        .env("PATH", bin.path(""))
+        .env("TOKEN", issuer.token());
+    let command = command.env("NIX_RELAY_TOKEN_COMMAND", "echo $TOKEN");
+    who(&relay, command);
+    let home = format!("HOME={}", home.path("").display());
+    eventually("nothing is left", LIMIT, || !anyone_with(&home));
+}
+
+/// What a relay still sends when the client has closed, and how it ends.
+#[test]
+fn what_is_on_its_way_when_the_input_ends() {
+    let home = Dir::new();
+    for (code, expected) in [(1000_u16, 0), (1011, 1)] {
+        let address = session(move |socket| {
+            let stream = socket.get_mut();
+            // Frames of websocat are short here: a byte for the kind, one for the length, and a mask.
+            let mut head = [0; 6];
+            while head[0] != 0x88 {
+                stream.read_exact(&mut head).unwrap();
+                let length = (head[1] & 0x7f).into();
+                stream.read_exact(&mut vec![0; length]).unwrap();
+            }
+            for _ in 0..3 {
+                stream.write_all(&[0x82, 127]).unwrap();
+                stream.write_all(&1_000_000_u64.to_be_bytes()).unwrap();
+                stream.write_all(&[b'x'; 1_000_000]).unwrap();
+            }
+            let code = code.to_be_bytes();
+            stream.write_all(&[0x88, 2, code[0], code[1]]).unwrap();
+            let _ = stream.read_to_end(&mut vec![]);
+        });
+        let mut command = client_at(address, &home);
+        let output = command.output().unwrap();
+        assert_eq!(output.stdout.len(), 3_000_000, "{:?}", texts(&output).1);
+        assert_eq!(output.status.code(), Some(expected));
+    }
 }

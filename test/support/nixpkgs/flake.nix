@@ -52,6 +52,7 @@
               })
               [
                 "bubblewrap"
+                "busybox"
                 "caddy"
                 "cargo"
                 "clippy"
