@@ -20,6 +20,7 @@ let
     match
     ;
   inherit (lib.types) anything attrsOf listOf;
+  # As much of a package as the module looks at.
   package = name: {
     inherit name;
     type = "derivation";
@@ -27,15 +28,14 @@ let
     meta.mainProgram = name;
   };
 
-  inherit
-    (import ../nix/outputs.nix {
-      nixpkgs = {
-        inherit lib;
-        legacyPackages = { };
-      };
-    })
-    nixosModules
-    ;
+  # The flake, as if nixpkgs had no packages: its modules need the lib alone.
+  flake = import ../nix/outputs.nix {
+    nixpkgs = {
+      inherit lib;
+      legacyPackages = { };
+    };
+  };
+  inherit (flake) nixosModules;
 
   # As much of nixpkgs as the module uses. A configuration file is its own path, so that it can be seen.
   pkgs = {
