@@ -46,7 +46,7 @@ let
   isReserved = parts: parts != null && port parts < 1024;
   isLocal =
     address != null && builtins.match "127\\..*|localhost|\\[::1]" (builtins.head address) != null;
-  # systemd looks up no names.
+  # A socket unit takes addresses alone, as systemd looks up no names.
   isNumeric =
     address != null && builtins.match "[0-9.]+|\\[[0-9a-fA-F:.]+]" (builtins.head address) != null;
 
