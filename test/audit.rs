@@ -12,7 +12,8 @@ fn parse(line: &str) -> (String, HashMap<String, String>) {
     let first = text
         .find('=')
         .map_or(text.len(), |at| text[..at].rfind(' ').unwrap_or(0));
-    let (message, mut rest) = (text[..first].to_owned(), text[first..].trim_start());
+    let message = text[..first].to_owned();
+    let mut rest = text[first..].trim_start();
     let mut fields = HashMap::new();
     while !rest.is_empty() {
         let (name, value) = rest
@@ -100,7 +101,8 @@ fn a_mixed_run() {
         fields.map(|(_, fields)| fields).collect()
     };
     for number in &numbers {
-        let (opened, ended) = (of("session opened", number), of("session ended", number));
+        let opened = of("session opened", number);
+        let ended = of("session ended", number);
         assert_eq!(
             (opened.len(), ended.len()),
             (1, 1),

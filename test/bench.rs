@@ -364,7 +364,8 @@ impl Subject {
     }
 
     fn cost(&self, run: impl FnOnce()) -> Cost {
-        let (start, before) = (Instant::now(), self.cpu());
+        let start = Instant::now();
+        let before = self.cpu();
         run();
         Cost {
             secs: start.elapsed().as_secs_f64(),
@@ -386,7 +387,8 @@ impl Subject {
 
     /// Until the daemons have it all.
     fn up(&self, connections: usize, bytes: usize) -> Cost {
-        let (burst, each) = (burst(), bytes / connections);
+        let burst = burst();
+        let each = bytes / connections;
         self.load(connections, |client| {
             client.send(order(SINK, each));
             for _ in 0..each >> 20 {
@@ -407,7 +409,8 @@ impl Subject {
 
     /// Both ways at once, through cat.
     fn echo(&self, connections: usize, bytes: usize) -> Cost {
-        let (burst, each) = (burst(), bytes / connections);
+        let burst = burst();
+        let each = bytes / connections;
         self.load(connections, |client| {
             client.send(order(ECHO, 0));
             let socket = client.0.get_ref();
@@ -423,7 +426,8 @@ impl Subject {
 
     /// Microseconds for 64 bytes there and back, in order.
     fn ping_pong(&self) -> Vec<f64> {
-        let (mut client, ping) = (self.connect(), frame(0x82, &[b'x'; 64]));
+        let mut client = self.connect();
+        let ping = frame(0x82, &[b'x'; 64]);
         client.send(order(ECHO, 0));
         let once = |_| {
             let start = Instant::now();
@@ -503,7 +507,8 @@ fn raw(issuer: &Issuer, options: &Options) {
         }
         for column in turns(run, columns.len()) {
             let times = columns[column][0].ping_pong();
-            let (median, late) = (times[times.len() / 2], times[times.len() * 99 / 100]);
+            let median = times[times.len() / 2];
+            let late = times[times.len() * 99 / 100];
             table.note("64 bytes there and back, p50, µs", 0, column, median);
             table.note("the same, p99, µs", 0, column, late);
         }
@@ -705,7 +710,8 @@ impl Nix {
 }
 
 fn with_nix(issuer: &Issuer, options: &Options) {
-    let (home, remote) = (Dir::new(), Dir::new());
+    let home = Dir::new();
+    let remote = Dir::new();
     let own_store = project("test/support/own-store").display().to_string();
     let script = format!(
         "export HOME={0} NIX_CONFIG='{CONFIG}'\nexec {own_store} {0}/nix nix-daemon \"$@\"",

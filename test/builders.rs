@@ -15,7 +15,8 @@ fn config() -> String {
         .split_once("```")
         .unwrap()
         .0;
-    let (client, system) = ("/usr/local/bin/nix-relay", "x86_64-linux");
+    let client = "/usr/local/bin/nix-relay";
+    let system = "x86_64-linux";
     assert!(block.contains(client) && block.contains(system) && block.contains("max-jobs = 0"));
     let here = format!("{}-linux", std::env::consts::ARCH);
     let block = block
@@ -122,7 +123,9 @@ fn with_a_nix_daemon_here_the_variables_must_be_its() {
 fn the_daemon_behind_the_relay_has_builders_itself() {
     let far = Farm::start();
     let dir = Dir::new();
-    let (url, token, client) = (far.relay.address, far.issuer.token(), project("client.sh"));
+    let url = far.relay.address;
+    let token = far.issuer.token();
+    let client = project("client.sh");
     let way = format!(
         "export NIX_RELAY_URL=ws://{url} NIX_RELAY_TOKEN={token}\nexec {}",
         client.display()
@@ -156,7 +159,8 @@ fn the_daemon_behind_the_relay_has_builders_itself() {
 /// As an unprivileged user, nix-daemon hands all to that of the system.
 #[test]
 fn a_builder_must_trust_its_clients() {
-    let (farm, dir) = (Farm::start(), Dir::new());
+    let farm = Farm::start();
+    let dir = Dir::new();
     let store = format!(
         "{} {}",
         project("test/support/own-store").display(),

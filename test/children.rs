@@ -69,7 +69,8 @@ fn all_output_comes_slowly(keepalive_secs: &str, length: usize, between_pings: D
     let before = relay.at_rest();
     let stream = relay.tcp();
     sockopt::set_socket_recv_buffer_size(&stream, 64 << 10).unwrap();
-    let (mut client, mut read) = (open(stream, &issuer.token()).unwrap(), 0);
+    let mut client = open(stream, &issuer.token()).unwrap();
+    let mut read = 0;
     let mut last_ping = Instant::now();
     let (code, reason) = loop {
         match client.0.read() {

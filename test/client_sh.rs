@@ -107,7 +107,9 @@ fn an_answer_arrives_to_its_end() {
 /// that is in /proc meanwhile is looked at too.
 #[test]
 fn no_secret_is_in_an_argument_list() {
-    let (issuer, home, bin) = (Issuer::start(), Dir::new(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
+    let bin = Dir::new();
     let relay = Relay::start(&issuer);
     let seen = home.path("seen");
     for name in ["curl", "websocat"] {
@@ -115,7 +117,8 @@ fn no_secret_is_in_an_argument_list() {
             .args(["-c", &format!("command -v {name}")])
             .output()
             .unwrap();
-        let (program, seen) = (texts(&found).0, seen.display());
+        let program = texts(&found).0;
+        let seen = seen.display();
         bin.script(
             name,
             &format!(
@@ -177,7 +180,8 @@ fn no_secret_is_in_an_argument_list() {
 
 #[test]
 fn carries_50_mb_each_way() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let relay = Relay::start(&issuer);
     let mut random = Vec::new();
     fs::File::open("/dev/urandom")
@@ -190,7 +194,8 @@ fn carries_50_mb_each_way() {
         .env("NIX_RELAY_TOKEN", issuer.token())
         .stdin(Stdio::piped());
     let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut stdin = child.stdin.take().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
     let sent = random.clone();
     let writer = std::thread::spawn(move || stdin.write_all(&sent).map(|()| stdin));
     let mut received = vec![0; random.len()];
@@ -202,7 +207,8 @@ fn carries_50_mb_each_way() {
 
 #[test]
 fn killed_it_leaves_nothing() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let relay = Relay::start(&issuer);
     let mut command = client(&relay, &home);
     let command = command
@@ -220,7 +226,8 @@ fn killed_it_leaves_nothing() {
 
 /// What listens where a relay, or a token endpoint, should: it does this with each connection, and its number.
 fn stranger(serve: impl Fn(usize, TcpStream) + Send + Sync + 'static) -> SocketAddr {
-    let (listener, serve) = (TcpListener::bind("127.0.0.1:0").unwrap(), Arc::new(serve));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let serve = Arc::new(serve);
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
         for (number, stream) in listener.incoming().flatten().enumerate() {
@@ -289,7 +296,8 @@ fn spawn(command: &mut Command) -> Child {
 
 #[test]
 fn a_token_request_is_tried_again() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let relay = Relay::start(&issuer);
     let body = json!({"value": issuer.token()}).to_string();
     let endpoint = stranger(move |number, mut stream| {
@@ -353,7 +361,9 @@ fn what_a_relay_says_is_shown_without_harm() {
 /// websocat of before 1.14 does as this one: it does not know the variable with the token.
 #[test]
 fn an_old_websocat_is_named() {
-    let (issuer, home, bin) = (Issuer::start(), Dir::new(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
+    let bin = Dir::new();
     let relay = Relay::start(&issuer);
     let path = format!(
         "{}:{}",
@@ -376,7 +386,9 @@ fn an_old_websocat_is_named() {
 /// What curl asks after websocat failed does not hold the session that it gets.
 #[test]
 fn the_question_why_there_is_no_session_holds_none() {
-    let (issuer, home, bin) = (Issuer::start(), Dir::new(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
+    let bin = Dir::new();
     let relay = Relay::start(&issuer);
     bin.script(
         "websocat",
@@ -468,7 +480,8 @@ fn data_is_a_sign_of_life() {
 /// A Nix that is too busy to take what came, behind which pongs wait.
 #[test]
 fn nobody_is_gone_while_nix_is_busy() {
-    let (home, length) = (Dir::new(), 1_000_000);
+    let home = Dir::new();
+    let length = 1_000_000;
     let (seen, pings_are_seen) = mpsc::channel();
     let address = session(move |socket| {
         socket
@@ -497,7 +510,8 @@ fn nobody_is_gone_while_nix_is_busy() {
 #[test]
 fn good_sessions_of_nix_end_with_a_close() {
     let farm = Farm::start();
-    let (runner, remote) = (farm.runner(), farm.runner().remote());
+    let runner = farm.runner();
+    let remote = farm.runner().remote();
     for _ in 0..5 {
         runner.run(&["store", "ping", "--store", &remote]);
     }
@@ -608,7 +622,8 @@ fn rewrapped(command: &mut Command, script: &str) -> Command {
 
 #[test]
 fn a_token_of_a_command() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let relay = Relay::start(&issuer);
     let file = home.write("token", &issuer.token_with(json!({"sub": "file"})));
     let mut command = client(&relay, &home);
@@ -633,7 +648,8 @@ fn a_token_of_a_command() {
 /// And what it has started.
 #[test]
 fn a_command_that_does_not_end() {
-    let (home, nobody) = (Dir::new(), answering(""));
+    let home = Dir::new();
+    let nobody = answering("");
     let mut command = client_at(nobody, &home);
     command.env_remove("NIX_RELAY_TOKEN");
     command.env("NIX_RELAY_TOKEN_COMMAND", "echo token; sleep 600; true");
@@ -699,7 +715,8 @@ fn programs_that_are_missing_are_named() {
 /// An image with BusyBox, and a path with a space.
 #[test]
 fn nothing_but_busybox() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let relay = Relay::start(&issuer);
     let bin = programs(&["bash", "curl", "websocat", "busybox"], &home);
     for name in ["cat", "env", "sh", "sleep", "timeout"] {

@@ -142,7 +142,8 @@ fn no_relay_there() {
 
 #[test]
 fn each_token_source_in_its_order() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     for client in 0..2 {
         let relay = Relay::start(&issuer);
         let named = |name: &str| issuer.token_with(json!({"sub": name}));
@@ -165,7 +166,8 @@ fn each_token_source_in_its_order() {
 
 #[test]
 fn the_audience_is_asked_for() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let setup = Setup::new(&issuer).set("AUDIENCE", "https://relay:1/a");
     let relay = setup.start();
     for (number, mut command) in clients(&home, &url(&relay)).into_iter().enumerate() {
@@ -184,7 +186,8 @@ fn the_audience_is_asked_for() {
 
 #[test]
 fn a_token_endpoint_that_fails() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let [endpoint, secret] = token_variables(&issuer);
     // A token elsewhere is not taken instead.
     let variables = [
@@ -214,7 +217,8 @@ fn a_token_endpoint_that_fails() {
 
 #[test]
 fn refusals() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let relay = Relay::start(&issuer);
     let stranger = issuer.token_with(json!({"repository_owner": "stranger"}));
     for (path, token, status) in [
@@ -257,14 +261,16 @@ fn answers_of_others() {
 
 #[test]
 fn the_reason_of_an_early_end_is_shown() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let setup = Setup::new(&issuer).daemon("echo boom >&2; exit 7");
     let relay = setup.start();
     let token = issuer.token();
     let words = ["the relay ended the session", "1011", "boom"];
     both_fail(&home, &url(&relay), &[(TOKEN, &token)], &words);
     for code in [1001, 1002, 1008, 1012] {
-        let (code, reason) = (code.into(), "it had to be".into());
+        let code = code.into();
+        let reason = "it had to be".into();
         let frame = CloseFrame { code, reason };
         let place = format!("ws://{}", closing(Some(frame)));
         let words = ["the relay ended the session", "it had to be"];

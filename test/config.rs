@@ -536,10 +536,8 @@ fn where_the_file_is() {
     let dir = Dir::new();
     let file =
         |name: &str, audience: &str| dir.write(name, &format!("auth.audience = '{audience}'\n"));
-    let (argument, variable) = (
-        file("argument.toml", "argument"),
-        file("variable.toml", "variable"),
-    );
+    let argument = file("argument.toml", "argument");
+    let variable = file("variable.toml", "variable");
     let audience = |command: &mut Command| effective(command)["auth"]["audience"].to_string();
     let from = |path: &Path| {
         let mut command = check();

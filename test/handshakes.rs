@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 fn served_at_once(relay: &Relay, issuer: &Issuer) {
-    let (asked, token) = (Instant::now(), issuer.token());
+    let asked = Instant::now();
+    let token = issuer.token();
     let mut client = relay.connect(&token);
     client.send("served");
     assert_eq!(client.receive(), b"served");

@@ -55,10 +55,8 @@ fn check_head<'a>(answer: &'a str, status: &str, headers: &[&str], about: &str) 
     let date = head.iter().position(|line| line.starts_with("date: "));
     let date = head.remove(date.unwrap_or_else(|| panic!("no Date: {about}")));
     check_date(date.strip_prefix("date: ").unwrap());
-    let (status, length) = (
-        format!("HTTP/1.1 {status}"),
-        format!("content-length: {}", body.len()),
-    );
+    let status = format!("HTTP/1.1 {status}");
+    let length = format!("content-length: {}", body.len());
     let mut expected = vec![
         &status,
         "content-type: text/plain; charset=utf-8",
@@ -173,7 +171,8 @@ fn an_upgrade_among_others() {
     let issuer = Issuer::start();
     let relay = Relay::start(&issuer);
     let request = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
-    let (connection, upgrade) = ("Connection: Upgrade\r\n", "Upgrade: websocket\r\n");
+    let connection = "Connection: Upgrade\r\n";
+    let upgrade = "Upgrade: websocket\r\n";
     for (part, instead) in [
         (connection, "Connection: keep-alive, Upgrade\r\n"),
         (connection, "Connection: keep-alive,upgrade\r\n"),
@@ -317,7 +316,8 @@ fn refusals() {
             "token",
         ),
     ];
-    let (host, bearer_line) = ("Host: relay\r\n", bearer(&token));
+    let host = "Host: relay\r\n";
+    let bearer_line = bearer(&token);
     let key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n";
     let with = |line: &str| good.replacen(&bearer_line, &(line.to_owned() + &bearer_line), 1);
     let proxied = |header: &str| format!("{header}{good}");

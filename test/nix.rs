@@ -65,10 +65,8 @@ fn a_failing_build_shows_its_log_and_fails(client: PathBuf) {
 
 fn copies_64_mib_each_way(client: PathBuf) {
     let farm = Farm::start();
-    let (runner, other) = (
-        farm.runner().with(client.clone()),
-        farm.runner().with(client),
-    );
+    let runner = farm.runner().with(client.clone());
+    let other = farm.runner().with(client);
     let mut random = Vec::new();
     fs::File::open("/dev/urandom")
         .unwrap()

@@ -87,7 +87,8 @@ fn the_module_does_what_its_options_say() {
 
 #[test]
 fn the_relay_takes_what_the_module_writes() {
-    let (dir, module) = (Dir::new(), module());
+    let dir = Dir::new();
+    let module = module();
     let written = module["written"].as_object().unwrap();
     assert!(written.len() > 5);
     for (name, settings) in written {

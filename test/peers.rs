@@ -54,7 +54,8 @@ impl Stage {
     /// no memory fills.
     fn client_goes(&self, number: u32) {
         let mut other = self.connect("echo");
-        let (start, part) = (Instant::now(), format!("session ended session={number} "));
+        let start = Instant::now();
+        let part = format!("session ended session={number} ");
         let line = loop {
             let asked = Instant::now();
             other.send("still served");
@@ -171,7 +172,8 @@ fn one_that_sends_pings_and_does_not_read_the_end() {
 #[test]
 fn a_daemon_that_stops_reading() {
     const ALL: u64 = 1 << 30;
-    let (issuer, dir) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let dir = Dir::new();
     let go = dir.path("go");
     assert!(Command::new("mkfifo").arg(&go).status().unwrap().success());
     let relay = Setup::new(&issuer)
@@ -180,7 +182,8 @@ fn a_daemon_that_stops_reading() {
         .start();
     let mut client = relay.connect(&issuer.token());
     client.send("count\n");
-    let (mut socket, sent) = (client.0.get_ref().try_clone().unwrap(), AtomicU64::new(0));
+    let mut socket = client.0.get_ref().try_clone().unwrap();
+    let sent = AtomicU64::new(0);
     thread::scope(|scope| {
         scope.spawn(|| {
             let message = frame(0x82, &[0; 1 << 20]);
@@ -238,10 +241,12 @@ fn ip_within(name: &str, arguments: &str) {
 impl Network {
     pub fn new() -> Network {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let (id, number) = (std::process::id(), NUMBER.fetch_add(1, Relaxed));
+        let id = std::process::id();
+        let number = NUMBER.fetch_add(1, Relaxed);
         let name = format!("nr{id}-{number}");
         let net = format!("10.213.{}", id % 256);
-        let (address, theirs) = (4 * number + 1, 4 * number + 2);
+        let address = 4 * number + 1;
+        let theirs = 4 * number + 2;
         ip(&format!("netns add {name}"));
         ip(&format!(
             "link add {name} type veth peer name {name}p netns {name}"
@@ -292,7 +297,8 @@ impl Drop for Network {
 
 /// A client that answers pings until its network goes away.
 fn vanishes(word: &str, then: impl FnOnce(&mut Client)) {
-    let (stage, network) = (stage(), Network::new());
+    let stage = stage();
+    let network = Network::new();
     let mut client = network.connect(&stage);
     for _ in 0..4 {
         assert!(matches!(client.0.read().unwrap(), Message::Ping(_)));

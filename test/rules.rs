@@ -362,7 +362,8 @@ fn claims_that_identify_the_caller_are_logged() {
 fn the_recipes() {
     let pages = ["README.md", "nix/providers.md", "nix/operating.md"]
         .map(|page| std::fs::read_to_string(project(page)).unwrap());
-    let (dir, mut rules) = (Dir::new(), 0);
+    let dir = Dir::new();
+    let mut rules = 0;
     let blocks = pages
         .iter()
         .flat_map(|page| page.split("```toml\n").skip(1));

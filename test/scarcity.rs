@@ -68,7 +68,8 @@ pub fn with_few_threads(setup: Setup, dir: &Dir) -> Setup {
 
 #[test]
 fn threads_and_processes() {
-    let (issuer, dir) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let dir = Dir::new();
     let relay = with_few_threads(Setup::new(&issuer), &dir).start();
     survives(&relay, &issuer, "the relay is busy; try again later: ");
 }
@@ -76,7 +77,8 @@ fn threads_and_processes() {
 /// A fetch takes one, for the name of the issuer's host.
 #[test]
 fn threads_for_a_fetch() {
-    let (issuer, dir) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let dir = Dir::new();
     let setup = Setup::new(&issuer).set("JWKS_CACHE_TTL_SECS", "1");
     let relay = with_few_threads(setup, &dir).start();
     relay.log.wait("fetched keys ");

@@ -77,16 +77,16 @@ fn neither_direction_waits_for_the_other() {
 #[test]
 fn pongs_between_large_frames() {
     const ALL: usize = 50_000_000;
-    let (issuer, script) = (
-        Issuer::start(),
-        format!("head -c {ALL} /dev/zero; exec cat"),
-    );
+    let issuer = Issuer::start();
+    let script = format!("head -c {ALL} /dev/zero; exec cat");
     let relay = Setup::new(&issuer)
         .daemon(&script)
         .set("KEEPALIVE_SECS", "0")
         .start();
     let mut client = relay.connect(&issuer.token());
-    let (mut length, mut pings, mut last) = (0_usize, 0_u32, Vec::new());
+    let mut length = 0_usize;
+    let mut pings = 0_u32;
+    let mut last = Vec::new();
     while length < ALL || last != pings.to_be_bytes() {
         if length < ALL / 2 {
             pings += 1;
@@ -129,7 +129,8 @@ fn fragments_with_pings_in_between() {
     ] {
         client.raw(&frame(first, payload.as_bytes()));
     }
-    let (mut data, mut pongs) = (Vec::new(), Vec::new());
+    let mut data = Vec::new();
+    let mut pongs = Vec::new();
     while data.len() < "one two three".len() || pongs.len() < 2 {
         match client.0.read().unwrap() {
             Message::Binary(bytes) => data.extend_from_slice(&bytes),

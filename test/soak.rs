@@ -142,7 +142,8 @@ fn main() {
         .nth(1)
         .map_or(Ok(60.0), |text| text.parse())
         .expect("minutes, as a number");
-    let (start, length) = (Instant::now(), Duration::from_secs_f64(minutes * 60.0));
+    let start = Instant::now();
+    let length = Duration::from_secs_f64(minutes * 60.0);
     let interval = Duration::from_secs(60).min(length / LEAST_LINES as u32);
     let issuer = Issuer::start();
     let setup = Setup::new(&issuer)
@@ -155,7 +156,9 @@ fn main() {
         .env("GLIBC_TUNABLES", MALLOC)
         .start();
     let before = relay.at_rest();
-    let (visits, mut sums, mut memory) = (AtomicU64::new(0), [0; 3], Vec::new());
+    let visits = AtomicU64::new(0);
+    let mut sums = [0; 3];
+    let mut memory = Vec::new();
     println!("minutes   visits sessions  RSS/KiB  threads  descriptors  children");
     while start.elapsed() < length || memory.len() < LEAST_LINES {
         let until = Instant::now() + interval;
@@ -174,7 +177,8 @@ fn main() {
             }
         });
         let at_rest = || {
-            let ((threads, descriptors), children) = (relay.resources(), relay.children().len());
+            let (threads, descriptors) = relay.resources();
+            let children = relay.children().len();
             let rest = threads <= before.0 && descriptors <= before.1 && children == 0;
             (rest, format!("{threads:8} {descriptors:12} {children:9}"))
         };
@@ -201,10 +205,8 @@ fn main() {
     }
     count(relay.stop(), &mut sums);
     let third = memory.len() / 3;
-    let (first, last) = (
-        memory[..third].iter().max().unwrap(),
-        memory[memory.len() - third..].iter().min().unwrap(),
-    );
+    let first = memory[..third].iter().max().unwrap();
+    let last = memory[memory.len() - third..].iter().min().unwrap();
     assert!(
         *last <= first + ALLOWED_KIB,
         "at least {last} KiB in the last third, at most {first} KiB in the first"

@@ -228,7 +228,8 @@ fn tokens_that_do_not() {
     let evil = keys().unpublished.public_key().to_jwk();
     issuer.answer("/elsewhere", 200, &format!("{{\"keys\": [{evil}]}}"));
     let elsewhere = format!("{}/elsewhere", issuer.url());
-    let (p256, own) = (&keys().p256, &keys().unpublished);
+    let p256 = &keys().p256;
+    let own = &keys().unpublished;
     let claims = || raw_claims(&issuer.claims(json!({})));
     let text = issuer.claims(json!({})).to_string();
     let with = |changes| issuer.token_with(changes);
@@ -255,16 +256,12 @@ fn tokens_that_do_not() {
     flipped[40] ^= 1;
     // Where an algorithm confuses a public key with a secret.
     let public = keys().rsa.public_key();
-    let (pem, der, key) = (
-        public.to_pem().unwrap(),
-        public.to_der().unwrap(),
-        public.to_jwk(),
-    );
-    let (pem, key, p256_pem) = (
-        pem.as_bytes(),
-        key.as_bytes(),
-        p256.public_key().to_pem().unwrap(),
-    );
+    let pem = public.to_pem().unwrap();
+    let der = public.to_der().unwrap();
+    let key = public.to_jwk();
+    let pem = pem.as_bytes();
+    let key = key.as_bytes();
+    let p256_pem = p256.public_key().to_pem().unwrap();
     let hs256 = |secret: &[u8]| {
         HS256Key::from_bytes(secret)
             .with_key_id("rsa")
@@ -324,7 +321,8 @@ fn tokens_that_do_not() {
         .into_iter()
         .find(|part| part.len() % 4 == 3)
         .unwrap();
-    let (deep_open, deep_close) = ("[".repeat(2000), "]".repeat(2000));
+    let deep_open = "[".repeat(2000);
+    let deep_close = "]".repeat(2000);
     let doubled = |member: &str| claiming(text.replacen('{', &format!("{{{member},"), 1));
     let not_utf8 = [&text.as_bytes()[..text.len() - 1], b",\"x\":\"\x80\"}"].concat();
     let upper = issuer.url().replace("http", "HTTP");
@@ -1068,7 +1066,8 @@ fn tokens_that_bring_their_own_key() {
     let claims = encode(issuer.claims(json!({})).to_string());
     let forged = |header: Value| signed(&keys().unpublished, &encode(header.to_string()), &claims);
     let relay = Relay::start(&issuer);
-    let (as_json, cert) = (jwk(&evil, json!({})), encode("MII"));
+    let as_json = jwk(&evil, json!({}));
+    let cert = encode("MII");
     for (what, header, why) in [
         ("a key", json!({"alg": "ES256", "jwk": as_json}), "read"),
         ("as text", json!({"alg": "ES256", "jwk": evil}), "signature"),

@@ -178,12 +178,14 @@ fn broken_off(issuer: &Issuer, home: &Dir) -> String {
 
 #[test]
 fn each_row_is_true() {
-    let (issuer, home) = (Issuer::start(), Dir::new());
+    let issuer = Issuer::start();
+    let home = Dir::new();
     let relay = Setup::new(&issuer)
         .set("MAX_CONNECTIONS", "1")
         .set("QUEUE_TIMEOUT_SECS", "0")
         .start();
-    let (url, good) = (format!("ws://{}", relay.address), issuer.token());
+    let url = format!("ws://{}", relay.address);
+    let good = issuer.token();
     let tls = TlsServer::start();
     // Nobody has told this relay of the issuer's keys.
     let down = Setup::new(&issuer)
@@ -234,7 +236,8 @@ fn each_row_is_true() {
         );
         said.push(full);
     }
-    let (mut native, script) = (said.remove(0), said.remove(0));
+    let mut native = said.remove(0);
+    let script = said.remove(0);
     let trusted = output(client(&tls.url, &home, &good).env("SSL_CERT_FILE", tls.certificate()));
     assert!(!trusted.contains("certificate"), "{trusted}");
     native.extend([
