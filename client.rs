@@ -1,56 +1,65 @@
 //! `nix-relay --stdio`: connects standard input and output to a relay, as Nix's
 //! `remote-program`. Finds a token, connects, tries again where that may help, and says in one
 //! line why there is no session or how it ended. Promises that each secret is only ever sent to
-//! the server that it is for, and never appears in an argument list, a child's environment or a
-//! message.
+//! the server that it is for, and never appears in an argument list or a message.
 
-use crate::copy::{End, Keepalive, Link, Patience, Pipes, Wire};
-use crate::util::{is_loopback, proxy_from_env, secs, trusted_roots, web_agent};
-use crate::{poll, util};
+use crate::config::secs;
+use crate::copy::{
+    self, CLOSE_TIMEOUT, End, Half, Keepalive, Link, Pipes, Reason, Receiving, Stream,
+};
+use crate::poll::{self, Event, lock};
+use crate::web::{self, AGENT, STEP_TIMEOUT, is_loopback, proxy_for, text_of};
+use dns_lookup::{AddrInfo, AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
 use jwt_simple::{prelude::Base64, reexports::ct_codecs::Encoder};
-use rustix::event::{PollFd, PollFlags};
-use rustix::io::{FdFlags, fcntl_setfd, ioctl_fionbio};
+use rustix::io::ioctl_fionbio;
 use rustix::pipe::fcntl_setpipe_size;
+use rustix::process::{Pid, Signal, kill_process_group};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore};
-use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
-use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, AsRawFd};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::process::{self, Command, ExitCode};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
-use std::{env, fs, thread};
-use tungstenite::handshake::{client::generate_key, derive_accept_key};
+use std::{env, thread};
+use tungstenite::client::client_with_config;
+use tungstenite::error::ProtocolError;
+use tungstenite::http::{HeaderMap, Response, header};
 use tungstenite::protocol::{Role, frame::coding::CloseCode};
+use tungstenite::{ClientRequestBuilder, Error, HandshakeError};
+use ureq::Proxy;
 use ureq::http::{StatusCode, Uri};
-use ureq::{Proxy, ProxyProtocol};
 
-const AGENT: &str = concat!("nix-relay/", env!("CARGO_PKG_VERSION"));
-
-/// For connecting by TCP, and again for the TLS handshake.
-const STEP_TIMEOUT: Duration = Duration::from_secs(10);
-const TCP_LATE: &str = "no connection within 10 s; is a firewall in the way?";
-const TLS_LATE: &str = "no TLS handshake within 10 s; does that port speak TLS?";
 /// For the relay's answer. A full relay keeps its clients waiting for `queue_timeout_secs`,
-/// which is 30 by default.
+/// which is 30 at most.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(40);
-const ANSWER_LATE: &str = "no answer within 40 s; is it a relay that listens there?";
-/// For the whole request to the token endpoint.
-const TOKEN_TIMEOUT: Duration = Duration::from_secs(30);
-const TOKEN_LATE: &str = "no answer within 30 s";
+/// A resolver asks a silent name server for 5 s, often twice, before it asks the next one.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long one address of a name is waited for before another is tried beside it (RFC 8305,
+/// section 5).
+const HEAD_START: Duration = Duration::from_millis(250);
+/// How much is read from the relay at a time. rustls returns no more than one record.
+const READ_BYTES: usize = 16 << 10;
+/// For the command that prints a token.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 /// The pause between attempts, which doubles each time up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+/// How long an attempt takes at least, on average, where the relay is full.
+const FULL_PAUSE: Duration = Duration::from_secs(1);
+/// How often those who wait for a full relay are told so.
+const REMINDER: Duration = Duration::from_secs(60);
 /// The size of the two pipes to Nix. With smaller ones, Nix and the client often wait for
 /// each other.
 const PIPE_BYTES: usize = 512 << 10;
-/// Limits on an answer's head and body.
-const MAX_HEADERS: usize = 128;
-const MAX_ANSWER_BYTES: usize = 64 << 10;
+/// Limits on the head or body of an answer, and on a token.
+const MAX_ANSWER_BYTES: u64 = 64 << 10;
+const MAX_TOKEN_BYTES: u64 = 16 << 10;
 
 /// How much of a text from the other side is shown.
 const MAX_SHOWN_CHARS: usize = 400;
@@ -60,270 +69,210 @@ const TURNS: [char; 12] = [
     '\u{2066}', '\u{2067}', '\u{2068}', '\u{2069}',
 ];
 
-/// The variables that hold a job's token, or the secret to get one with.
-const NIX_RELAY: &str = "NIX_RELAY_TOKEN";
+const TOKEN: &str = "NIX_RELAY_TOKEN";
+const COMMAND: &str = "NIX_RELAY_TOKEN_COMMAND";
 const ACTIONS_URL: &str = "ACTIONS_ID_TOKEN_REQUEST_URL";
-const ACTIONS: &str = "ACTIONS_ID_TOKEN_REQUEST_TOKEN";
-const GITLAB: &str = "GITLAB_OIDC_TOKEN";
-const CIRCLE: &str = "CIRCLE_OIDC_TOKEN_V2";
-const SECRETS: [&str; 4] = [NIX_RELAY, ACTIONS, GITLAB, CIRCLE];
-/// The descriptor from which the child reads the secrets.
-const SECRETS_FD: &str = "NIX_RELAY_SECRETS_FD";
-
-const NO_TOKEN: &str = "no token: set NIX_RELAY_TOKEN, or let the job have one: \
-    GitHub or Forgejo (permission id-token: write) sets ACTIONS_ID_TOKEN_REQUEST_URL and \
-    _TOKEN, GitLab (id_tokens) GITLAB_OIDC_TOKEN, CircleCI CIRCLE_OIDC_TOKEN_V2";
+const ACTIONS_SECRET: &str = "ACTIONS_ID_TOKEN_REQUEST_TOKEN";
+const TOKENS_OF_JOBS: [&str; 2] = ["GITLAB_OIDC_TOKEN", "CIRCLE_OIDC_TOKEN_V2"];
+const NO_TOKEN: &str = "no token: set NIX_RELAY_TOKEN or NIX_RELAY_TOKEN_COMMAND, or let the job \
+    have one: GitHub or Forgejo (permission id-token: write) sets ACTIONS_ID_TOKEN_REQUEST_URL \
+    and _TOKEN, GitLab (id_tokens) GITLAB_OIDC_TOKEN, CircleCI CIRCLE_OIDC_TOKEN_V2";
 /// The message when Nix passes --serve.
 pub const WRONG_STORE: &str =
     "use ssh-ng:// instead of ssh://, as in ssh-ng://localhost?remote-program=nix-relay";
 const FOR_NIX: &str =
     "this is for Nix to run: nix build --store 'ssh-ng://localhost?remote-program=nix-relay'";
 
-/// The secret variables that are set, and their values.
-type Secrets = BTreeMap<String, String>;
 /// A connection to a relay that has answered 101.
 struct Session {
-    socket: TcpStream,
-    tls: Option<ClientConnection>,
-    /// The bytes that came after the answer's head.
-    rest: Vec<u8>,
+    socket: Arc<TcpStream>,
+    stream: Arc<dyn Stream>,
+    receiving: Receiving,
+}
+
+/// What an attempt to open a session led to.
+enum Attempt {
+    Opened(Box<Session>),
+    /// The relay is there, and all its sessions are in use. This is what it said.
+    Full(String),
+    Failed(Failure),
+}
+
+/// How a session ended.
+enum Ending {
+    Well,
+    /// Nobody reads standard output, so there is nobody to tell.
+    Unread,
+    Badly(String),
 }
 
 pub fn run() -> ExitCode {
     if io::stdin().is_terminal() || io::stdout().is_terminal() {
-        return fail(FOR_NIX);
+        return crate::fail(1, FOR_NIX);
     }
-    let Some(secrets) = secrets() else {
-        return ExitCode::FAILURE;
-    };
-    if let Some(status) = run_in_child(&secrets) {
-        return status;
-    }
-
-    match carry(&secrets) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(text) => fail(&text),
+    match carry() {
+        Ok(Ending::Well) => ExitCode::SUCCESS,
+        Ok(Ending::Unread) => ExitCode::FAILURE,
+        Ok(Ending::Badly(text)) | Err(text) => crate::fail(1, &text),
     }
 }
 
-fn fail(text: &str) -> ExitCode {
-    eprintln!("nix-relay: {text}");
-    ExitCode::FAILURE
-}
-
-/// The secrets from the environment, or in the child those that its parent passes on. None
-/// if the parent has ended.
-fn secrets() -> Option<Secrets> {
-    if let Some(number) = variable(SECRETS_FD) {
-        let pipe = fs::File::open(format!("/proc/self/fd/{number}")).ok()?;
-        return serde_json::from_reader(pipe).ok();
-    }
-
-    let found = |name: &str| Some((name.to_owned(), variable(name)?));
-    Some(SECRETS.into_iter().filter_map(found).collect())
-}
-
-/// Runs the client as a child and waits for it. Nix kills the process that it started as
-/// soon as it is done. The child survives that, sees the end of its input, and sends a
-/// Close, so the relay can tell a session that is over from one whose client has vanished.
-/// Returns None in the child itself, and if no child can be started.
-fn run_in_child(secrets: &Secrets) -> Option<ExitCode> {
-    if variable(SECRETS_FD).is_some() {
-        return None;
-    }
-    let (reader, writer) = io::pipe().ok()?;
-    fcntl_setfd(&reader, FdFlags::empty()).ok()?;
-
-    // In a process group of its own, the child is also safe from Ctrl-C.
-    let mut command = Command::new(env::current_exe().ok()?);
-    command.arg("--stdio").process_group(0);
-    for name in SECRETS {
-        command.env_remove(name);
-    }
-    command.env(SECRETS_FD, reader.as_raw_fd().to_string());
-    let mut child = command.spawn().ok()?;
-
-    // This fails if the child has ended already; then it has also said why.
-    drop(reader);
-    let _ = serde_json::to_writer(writer, secrets);
-    let ended_well = child.wait().is_ok_and(|status| status.success());
-    Some(ExitCode::from(u8::from(!ended_well)))
-}
-
-/// Runs the client, from reading its settings to the end of the session. Returns whether the
-/// session ended well, or else a message.
-fn carry(secrets: &Secrets) -> Result<bool, String> {
-    let relay = Relay::from_environment()?;
+/// Runs the client, from reading its settings to the end of the session. Fails with a message
+/// if there is no session.
+fn carry() -> Result<Ending, String> {
+    let target = Target::from_environment()?;
     let keepalive = seconds("NIX_RELAY_KEEPALIVE_SECS", 30)?;
-    let budget = seconds("NIX_RELAY_RETRY_SECS", 60)?;
-    if relay.tls.is_none() && !is_loopback(&relay.host) {
-        let host = &relay.host;
-        eprintln!("nix-relay: warning: the token goes unencrypted to {host}; use wss:// instead");
+    let retry = seconds("NIX_RELAY_RETRY_SECS", 60)?;
+    let queue = seconds("NIX_RELAY_QUEUE_SECS", 3600)?;
+    if target.tls.is_none() && !is_loopback(&target.host) {
+        let host = &target.host;
+        say(&format!(
+            "warning: the token goes unencrypted to {host}; use wss:// instead"
+        ));
     }
 
-    let connected = end_without_reader().map_err(|e| format!("cannot start a thread: {e}"))?;
-    let session = connect(&relay, secrets, secs(budget))?;
-    connected.store(true, Ordering::Relaxed);
-    copy(session, keepalive).unwrap_or_else(|e| Err(e.to_string()))
+    let session = connect(&target, secs(retry), secs(queue))?;
+    copy(session, keepalive).map_err(|e| e.to_string())
 }
 
-fn copy(session: Session, keepalive: u32) -> io::Result<Result<bool, String>> {
-    let socket = Arc::new(session.socket);
-    let mut keepalive = Keepalive::new(&socket, keepalive)?;
-    let link = Link::new(Wire::new(socket, session.tls)?, Role::Client)?;
-    let (stdin, stdout) = (io::stdin(), io::stdout());
+/// A line on standard error, which may be broken.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "nix-relay: {text}");
+}
+
+fn copy(session: Session, keepalive: u32) -> io::Result<Ending> {
+    let mut keepalive = Keepalive::new(&session.socket, keepalive)?;
+    let link = Link::new(&session.socket, session.stream, Role::Client)?;
+    let stdin = io::stdin();
+    // The end of a pipe is seen by reading it.
+    let never = Event::new()?;
     let pipes = Pipes {
         source: stdin.as_fd(),
-        source_ended: None,
-        sink: stdout.as_fd(),
+        source_ended: never.poll_fd(),
+        sink: io::stdout(),
     };
 
-    for pipe in [pipes.source, pipes.sink] {
+    for pipe in [pipes.source, pipes.sink.as_fd()] {
         ioctl_fionbio(pipe, true)?;
         // An unprivileged user may be refused this.
         let _ = fcntl_setpipe_size(pipe, PIPE_BYTES);
     }
-    link.run(&[], session.rest, &pipes, || {
-        while link.end().is_none() {
+    link.run(&[], session.receiving, pipes, || {
+        while !link.over.is_set() {
             let until = keepalive.check(&link);
-            poll::ready([Some(link.over())], until);
+            poll::ready([link.news.poll_fd()], until);
+            link.news.reset();
         }
     })?;
-    if !matches!(link.end(), Some(End::Gone(_))) {
-        link.close(Some(CloseCode::Normal), "", &Patience::short());
+    let end = link.end.get().cloned().unwrap_or(copy::FAILED);
+    if end.reason == Reason::ProtocolError {
+        link.close(end.code, &end.detail, CLOSE_TIMEOUT);
     }
-    Ok(describe(link.end()))
+    Ok(describe(&end, link.all_sent.load(Relaxed)))
 }
 
-fn describe(end: Option<&End>) -> Result<bool, String> {
-    Err(match end {
-        Some(End::SourceEnded) => return Ok(true),
-        Some(End::SinkClosed) => return Ok(false),
-        Some(End::Closed(Some(close))) if close.code == CloseCode::Normal => return Ok(true),
-        Some(End::Closed(Some(close))) => {
-            let said = with(&u16::from(close.code).to_string(), &plain(&close.reason));
-            format!("the relay ended the session: {said}")
+fn describe(end: &End, all_sent: bool) -> Ending {
+    let detail = plain(&end.detail);
+    Ending::Badly(match (end.reason, end.code, &*detail) {
+        (Reason::Failed, ..) => return Ending::Unread,
+        (Reason::Closed, Some(CloseCode::Normal), _) if all_sent => return Ending::Well,
+        (Reason::Closed, Some(CloseCode::Normal), _) => {
+            "the relay ended the session before standard input ended".into()
         }
-        Some(End::Closed(None)) => "the relay ended the session without a reason".into(),
-        Some(End::Gone(how)) => {
-            format!("the session broke off: {how}; was the relay or a proxy restarted?")
+        // What tungstenite makes of a code that may not be sent (RFC 6455, section 7.4.2).
+        (Reason::Closed, Some(CloseCode::Protocol), "Protocol violation") => {
+            "the session broke off: a Close has an invalid code".into()
         }
-        Some(End::Violation(_, what)) => format!("the session broke off: {}", plain(what)),
-        _ => "the session broke off".into(),
+        (Reason::Closed, Some(code), "") => {
+            format!("the relay ended the session: {code}, without a reason")
+        }
+        (Reason::Closed, Some(code), reason) => {
+            format!("the relay ended the session: {code}: {reason}")
+        }
+        (Reason::Closed, None, "") => "the relay ended the session without a reason".into(),
+        (Reason::Closed | Reason::Gone, ..) => {
+            format!("the session broke off: {detail}; was the relay or a proxy restarted?")
+        }
+        _ => format!("the session broke off: {detail}"),
     })
 }
 
-/// Until there is a session, ends the process when nobody reads its output any more, which
-/// its waits and pauses would not notice.
-fn end_without_reader() -> io::Result<Arc<AtomicBool>> {
-    let connected = Arc::new(AtomicBool::new(false));
-    let seen = connected.clone();
-    let watch = move || {
-        let stdout = io::stdout();
-        let [gone] = poll::ready([Some(PollFd::new(&stdout, PollFlags::empty()))], None);
-        if !gone.is_empty() && !seen.load(Ordering::Relaxed) {
-            process::exit(1);
-        }
-    };
-    thread::Builder::new().spawn(watch)?;
-    Ok(connected)
-}
-
-/// Opens a session, with as many attempts as there is time for, while they may help.
-fn connect(relay: &Relay, secrets: &Secrets, budget: Duration) -> Result<Session, String> {
-    let deadline = Instant::now() + budget;
-    let mut pause = FIRST_PAUSE;
-
-    loop {
-        let token = token(secrets);
-        let failure = match token.and_then(|token| relay.attempt(&token)) {
-            Ok(session) => return Ok(session),
-            Err(failure) => failure,
-        };
-        let left = deadline.saturating_duration_since(Instant::now());
-        let Some(at_least) = failure.again_after.filter(|_| !left.is_zero()) else {
-            return Err(failure.text);
-        };
-
-        if pause == FIRST_PAUSE {
-            let (what, secs) = (failure.without_question(), budget.as_secs());
-            eprintln!("nix-relay: {what}; trying again for up to {secs} s");
-        }
-        // Clients that failed together should not come back together.
-        let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
-        let jittered = pause.min(LONGEST_PAUSE).mul_f64(0.5 + random);
-        thread::sleep((at_least + jittered).min(left));
-        pause *= 2;
-    }
-}
-
-/// Why an attempt led to no session.
+/// Why something could not be had.
 struct Failure {
     /// What went wrong, and after a semicolon how to mend it.
     text: String,
-    /// The least time to wait before the next attempt. None if another attempt would end the
-    /// same way.
+    /// The least time to wait before another attempt. None if that would end the same way.
     again_after: Option<Duration>,
 }
 
 impl Failure {
-    fn new(text: impl Into<String>, is_temporary: bool) -> Failure {
-        let again_after = is_temporary.then_some(Duration::ZERO);
+    /// One that may pass.
+    fn passing(text: impl Into<String>) -> Failure {
+        let again_after = Some(Duration::ZERO);
         let text = text.into();
         Failure { text, again_after }
     }
 
-    /// Adds what was being tried.
-    fn during(self, what: &str) -> Failure {
-        let text = with(what, &self.text);
-        Failure { text, ..self }
+    /// One that stays.
+    fn lasting(text: impl Into<String>) -> Failure {
+        let text = text.into();
+        Failure {
+            text,
+            again_after: None,
+        }
     }
 
-    fn without_question(&self) -> &str {
-        self.text.split(';').next().unwrap_or_default()
+    /// Adds what was being tried.
+    fn during(self, what: &str) -> Failure {
+        let text = format!("{what}: {}", self.text);
+        Failure { text, ..self }
+    }
+}
+
+impl From<ureq::Error> for Failure {
+    fn from(e: ureq::Error) -> Failure {
+        let text = e.to_string();
+        match e {
+            ureq::Error::Io(e) => e.into(),
+            ureq::Error::StatusCode(code) if !may_pass(code) => Failure::lasting(text),
+            ureq::Error::Other(_) | ureq::Error::HostNotFound => Failure::lasting(text),
+            _ => Failure::passing(text),
+        }
     }
 }
 
 impl From<io::Error> for Failure {
     fn from(e: io::Error) -> Failure {
         if let Some(e) = e.get_ref().and_then(|e| e.downcast_ref()) {
-            return Failure::new(tls_failure(e), false);
+            return Failure::lasting(tls_words(e));
         }
 
-        let words = util::system_words(&e);
+        let words = system_words(&e);
         match e.kind() {
-            ErrorKind::ConnectionRefused => {
-                let text = format!("{words}; does the relay run, and is the port right?");
-                Failure::new(text, true)
+            ErrorKind::NotFound | ErrorKind::InvalidInput => Failure::lasting(words),
+            ErrorKind::ConnectionRefused => Failure::passing(format!(
+                "{words}; does a server run there, and is the port right?"
+            )),
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof => {
+                let advice = "was the server, or a proxy before it, restarted?";
+                Failure::passing(format!("{words} without an answer; {advice}"))
             }
-            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
-                Failure::new(format!("{words}; does the relay run?"), true)
-            }
-            ErrorKind::UnexpectedEof => Failure::new(
-                format!("{words} without an answer; does the relay run?"),
-                true,
-            ),
-            // The message is one of ours.
-            ErrorKind::Other => Failure::new(e.to_string(), false),
-            _ => Failure::new(words, false),
+            _ => Failure::passing(words),
         }
     }
 }
 
-impl From<ureq::Error> for Failure {
-    fn from(e: ureq::Error) -> Failure {
-        match e {
-            ureq::Error::Timeout(_) => Failure::new(TOKEN_LATE, false),
-            e => e.into_io().into(),
-        }
-    }
-}
-
-fn tls_failure(e: &rustls::Error) -> String {
+fn tls_words(e: &rustls::Error) -> String {
     use CertificateError::*;
-    let rustls::Error::InvalidCertificate(e) = e else {
-        return format!("TLS failed: {e}; does that port speak TLS?");
+    let e = match e {
+        rustls::Error::InvalidCertificate(e) => e,
+        rustls::Error::AlertReceived(alert) => {
+            return format!(
+                "the server refused TLS with the alert {alert:?}; does it want a client \
+                 certificate? There is none"
+            );
+        }
+        e => return format!("TLS failed: {e}; does that port speak TLS?"),
     };
     let cause = match e {
         Expired | ExpiredContext { .. } => "it has expired".into(),
@@ -331,81 +280,265 @@ fn tls_failure(e: &rustls::Error) -> String {
         NotValidForNameContext { expected, .. } => {
             format!("it is for another name than {}", expected.to_str())
         }
-        e => {
-            let cause = match e {
-                UnknownIssuer => "unknown issuer".into(),
-                e => e.to_string(),
-            };
-            format!("{cause}; if the CA is your own, set SSL_CERT_FILE to its certificate")
-        }
+        UnknownIssuer => unknown_issuer(),
+        e => e.to_string(),
     };
-    with("the certificate is not trusted", &cause)
+    format!("the certificate is not trusted: {cause}")
+}
+
+fn unknown_issuer() -> String {
+    let intermediates = "does the server send its intermediate certificates?";
+    match web::first_set(&web::AUTHORITIES) {
+        None => format!(
+            "unknown issuer; {intermediates} If the CA is your own, set SSL_CERT_FILE to its \
+             certificate"
+        ),
+        Some((name, path)) if !Path::new(&path).exists() => {
+            format!("unknown issuer, and the file of {name} is not there: {path}")
+        }
+        Some((name, _)) => {
+            format!("unknown issuer, nor is it in the file of {name}; {intermediates}")
+        }
+    }
+}
+
+/// Whether the same request may succeed soon.
+fn may_pass(status: u16) -> bool {
+    matches!(status, 408 | 429 | 500..)
+}
+
+/// Opens a session, with as many attempts as there is time for, while they may help. `retry` is
+/// for a relay that is not there, `queue` for one that is full.
+fn connect(target: &Target, retry: Duration, queue: Duration) -> Result<Session, String> {
+    let mut pause = FIRST_PAUSE;
+    let mut not_there_until = None;
+    let mut full_until = None;
+    let mut next_reminder = Instant::now();
+
+    loop {
+        let start = Instant::now();
+        match attempt(target) {
+            Attempt::Opened(session) => return Ok(*session),
+            Attempt::Full(text) => {
+                not_there_until = None;
+                pause = FIRST_PAUSE;
+                let left = left_until(*full_until.get_or_insert(start + queue));
+                if left.is_zero() {
+                    return Err(text);
+                }
+                if next_reminder <= Instant::now() {
+                    next_reminder = Instant::now() + REMINDER;
+                    let left = left.as_secs_f64().ceil();
+                    say(&format!(
+                        "all sessions are in use; waiting for up to {left} s"
+                    ));
+                }
+                // It has kept us waiting, unless too many others wait.
+                let at_least = jittered(FULL_PAUSE).saturating_sub(start.elapsed());
+                thread::sleep(at_least.min(left));
+            }
+            Attempt::Failed(failure) => {
+                let is_first = not_there_until.is_none();
+                let left = left_until(*not_there_until.get_or_insert(start + retry));
+                let Some(at_least) = failure.again_after.filter(|_| !left.is_zero()) else {
+                    return Err(failure.text);
+                };
+                if is_first {
+                    let what = failure.text.split(';').next().unwrap_or_default();
+                    let left = left.as_secs_f64().ceil();
+                    say(&format!("{what}; trying again for up to {left} s"));
+                }
+                thread::sleep(at_least.saturating_add(jittered(pause)).min(left));
+                pause = LONGEST_PAUSE.min(pause * 2);
+            }
+        }
+    }
+}
+
+fn left_until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+/// Clients that failed together should not come back together.
+fn jittered(pause: Duration) -> Duration {
+    let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
+    pause.mul_f64(0.5 + random)
+}
+
+fn attempt(target: &Target) -> Attempt {
+    match token() {
+        Ok(token) => target.attempt(&token).unwrap_or_else(Attempt::Failed),
+        Err(failure) => Attempt::Failed(failure),
+    }
 }
 
 /// The token for one attempt.
-fn token(secrets: &Secrets) -> Result<String, Failure> {
-    let given = |name| Some((name, secrets.get(name)?.clone()));
-    let (name, token) = match (given(NIX_RELAY), variable(ACTIONS_URL), given(ACTIONS)) {
-        (Some(given), ..) => given,
-        (None, Some(url), Some((_, secret))) => {
-            let failed =
-                |failure: Failure| failure.during("no token from ACTIONS_ID_TOKEN_REQUEST_URL");
-            (
-                ACTIONS_URL,
-                request_token(&url, secret.trim_end()).map_err(failed)?,
-            )
+fn token() -> Result<String, Failure> {
+    if let Some(token) = variable(TOKEN) {
+        return checked(TOKEN, &token);
+    }
+    if variable(COMMAND).is_some() {
+        let token = run_token_command().map_err(|failure| failure.during(COMMAND))?;
+        return checked(COMMAND, &token);
+    }
+    if let (Some(url), Some(secret)) = (variable(ACTIONS_URL), variable(ACTIONS_SECRET)) {
+        let failed = |failure: Failure| failure.during(&format!("no token from {ACTIONS_URL}"));
+        let token = request_token(&url, secret.trim_end()).map_err(failed)?;
+        return checked(ACTIONS_URL, &token);
+    }
+    for name in TOKENS_OF_JOBS {
+        if let Some(token) = variable(name) {
+            return checked(name, &token);
         }
-        _ => given(GITLAB)
-            .or_else(|| given(CIRCLE))
-            .ok_or(Failure::new(NO_TOKEN, false))?,
-    };
+    }
+    Err(Failure::lasting(NO_TOKEN))
+}
 
-    // Other characters could end the header line and begin another.
+/// A token without the end of its line. Other characters could end the line of the header that
+/// it becomes, and begin another.
+fn checked(source: &str, token: &str) -> Result<String, Failure> {
     let token = token.trim_end_matches(['\r', '\n']);
     let belongs = |c: char| c.is_ascii_alphanumeric() || "._~+/=-".contains(c);
     if !token.is_empty() && token.chars().all(belongs) {
         return Ok(token.to_owned());
     }
-    Err(Failure::new(
-        match name {
-            ACTIONS_URL => format!("the token from {name} contains invalid characters"),
-            _ => format!(
-                "the token in {name} contains invalid characters: it must be the token alone, \
-                 without spaces, quotes or line breaks"
-            ),
-        },
-        false,
-    ))
+    Err(Failure::lasting(format!(
+        "the token from {source} contains invalid characters: it must be the token alone, \
+         without spaces, quotes or line breaks"
+    )))
+}
+
+/// Runs the command that prints a token, and kills it if that takes too long. The shell takes it
+/// from the environment, because everybody can read an argument list.
+fn run_token_command() -> Result<String, Failure> {
+    let mut child = Command::new("sh")
+        .args(["-c", &format!("eval \"${COMMAND}\"")])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()?;
+    let group = Pid::from_child(&child);
+    let stdout = first_bytes(child.stdout.take())?;
+    let stderr = first_bytes(child.stderr.take())?;
+
+    let deadline = Instant::now() + COMMAND_TIMEOUT;
+    let token = stdout.recv_timeout(COMMAND_TIMEOUT);
+    let errors = stderr.recv_timeout(left_until(deadline));
+    let status = in_thread(move || child.wait())?;
+    let status = status.recv_timeout(left_until(deadline));
+
+    let (Ok(token), Ok(errors), Ok(Ok(status))) = (token, errors, status) else {
+        let _ = kill_process_group(group, Signal::KILL);
+        let secs = COMMAND_TIMEOUT.as_secs();
+        return Err(Failure::passing(format!("it did not end within {secs} s")));
+    };
+    if token.len() as u64 > MAX_TOKEN_BYTES {
+        return Err(Failure::lasting("it printed more than 16 KiB"));
+    }
+    if !status.success() {
+        let text = with(&status.to_string(), &plain(&errors));
+        return Err(Failure::passing(text));
+    }
+    Ok(token)
+}
+
+/// Reads what a program prints, up to a little more than a token.
+fn first_bytes(pipe: Option<impl Read + Send + 'static>) -> io::Result<mpsc::Receiver<String>> {
+    in_thread(move || {
+        let mut bytes = Vec::new();
+        if let Some(pipe) = pipe {
+            let _ = pipe.take(MAX_TOKEN_BYTES + 1).read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
 }
 
 /// Asks for a token in the way of GitHub and Forgejo Actions.
 fn request_token(url: &str, secret: &str) -> Result<String, Failure> {
-    let agent = web_agent(url).map_err(|e| Failure::new(e, false))?;
-    let audience = variable("NIX_RELAY_AUDIENCE").unwrap_or("api://nix-relay".into());
-    let request = agent.get(url).query("audience", audience);
-    let request = request.config().timeout_global(Some(TOKEN_TIMEOUT)).build();
-    let request = request.header("Authorization", format!("Bearer {secret}"));
-
-    let mut answer = request.call()?;
-    let status = answer.status();
-    if status != StatusCode::OK {
-        let is_temporary = status.is_server_error() || may_pass(status);
-        let text = format!("it answered with status {}", status.as_u16());
-        return Err(Failure::new(text, is_temporary));
+    if !web::is_https_or_loopback(url) {
+        return Err(Failure::lasting("it must be an https URL"));
     }
-    let body = answer
-        .body_mut()
-        .with_config()
-        .limit(MAX_ANSWER_BYTES as u64);
-    let json = util::parse_json(&body.read_to_vec()?).unwrap_or_default();
-    match json["value"].as_str() {
+    let audience = variable("NIX_RELAY_AUDIENCE").unwrap_or("api://nix-relay".into());
+    let answer = web::get_json(url, |request| {
+        let request = request.query("audience", &audience);
+        request.header("Authorization", format!("Bearer {secret}"))
+    })?;
+    match answer["value"].as_str() {
         Some(token) if !token.is_empty() => Ok(token.to_owned()),
-        _ => Err(Failure::new("its answer has no .value", false)),
+        _ => Err(Failure::lasting("its answer has no .value")),
     }
 }
 
+/// Runs something in a thread of its own, because it may take longer than we wait for it.
+fn in_thread<T: Send + 'static>(
+    run: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<mpsc::Receiver<T>> {
+    let (sender, receiver) = mpsc::channel();
+    thread::Builder::new().spawn(move || sender.send(run()))?;
+    Ok(receiver)
+}
+
+/// The addresses of a host. `NotFound` means that there is no such name.
+fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+    let name = host.trim_matches(['[', ']']).to_owned();
+    let found = in_thread(move || {
+        let hints = AddrInfoHints {
+            socktype: SockType::Stream.into(),
+            ..AddrInfoHints::default()
+        };
+        let found = getaddrinfo(Some(&name), None, Some(hints))?;
+        let address = |found: AddrInfo| SocketAddr::new(found.sockaddr.ip(), port);
+        Ok(found.flatten().map(address).collect())
+    })?;
+
+    let secs = LOOKUP_TIMEOUT.as_secs();
+    let late = |_| io::Error::other(format!("no answer from the name servers within {secs} s"));
+    let found = found.recv_timeout(LOOKUP_TIMEOUT).map_err(late)?;
+    found.map_err(|e: LookupError| match e.kind() {
+        LookupErrorKind::NoName | LookupErrorKind::NoData => {
+            let text = format!("cannot resolve {host}; is the name right?");
+            io::Error::new(ErrorKind::NotFound, text)
+        }
+        _ => io::Error::other(format!("cannot resolve {host}: the name servers fail")),
+    })
+}
+
+/// Connects to a host, at the first of its addresses that answers. While one does not, the
+/// next is tried beside it.
+fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
+    let (sender, answers) = mpsc::channel();
+    let mut failure = io::Error::from(ErrorKind::AddrNotAvailable);
+    for address in look_up(host, port)? {
+        let sender = sender.clone();
+        let connect = move || {
+            let _ = sender.send(TcpStream::connect_timeout(&address, STEP_TIMEOUT));
+        };
+        thread::Builder::new().spawn(connect)?;
+        match answers.recv_timeout(HEAD_START) {
+            Ok(Ok(socket)) => return Ok(socket),
+            Ok(Err(e)) => failure = e,
+            Err(_) => {}
+        }
+    }
+
+    drop(sender);
+    for answer in answers {
+        match answer {
+            Ok(socket) => return Ok(socket),
+            Err(e) => failure = e,
+        }
+    }
+    if failure.kind() == ErrorKind::TimedOut {
+        let secs = STEP_TIMEOUT.as_secs();
+        let text = format!("no connection within {secs} s; is a firewall in the way?");
+        failure = io::Error::new(ErrorKind::TimedOut, text);
+    }
+    Err(failure)
+}
+
 /// Where the relay is, and how to reach it.
-struct Relay {
+struct Target {
     uri: Uri,
     /// Without the brackets of an IPv6 address.
     host: String,
@@ -414,11 +547,11 @@ struct Relay {
     proxy: Option<Proxy>,
 }
 
-impl Relay {
-    fn from_environment() -> Result<Relay, String> {
+impl Target {
+    fn from_environment() -> Result<Target, String> {
         let url = variable("NIX_RELAY_URL").unwrap_or_default();
         let url = url.trim_end_matches(['\r', '\n']);
-        let mut relay = Relay::parse(url).ok_or_else(|| {
+        let mut target = Target::parse(url).ok_or_else(|| {
             let found = match url.rsplit('@').next() {
                 Some("") | None => "not set".to_owned(),
                 Some(url) => format!("'{}'", plain(url)),
@@ -428,22 +561,14 @@ impl Relay {
         })?;
 
         // Without TLS, the proxy would see the token.
-        if relay.uri.scheme_str() == Some("wss") {
-            relay.tls = Some(tls_config()?);
-            let is_for = |proxy: &Proxy| !proxy.is_no_proxy(&relay.uri);
-            relay.proxy = match is_loopback(&relay.host) {
-                true => None,
-                false => proxy_from_env()?.filter(is_for),
-            };
-            let protocol = relay.proxy.as_ref().map(Proxy::protocol);
-            if protocol.is_some_and(|protocol| protocol != ProxyProtocol::Http) {
-                return Err("HTTPS_PROXY: expected a proxy as http://HOST:PORT".into());
-            }
+        if target.uri.scheme_str() == Some("wss") {
+            target.tls = Some(tls_config()?);
+            target.proxy = proxy_for(&target.host, target.port)?;
         }
-        Ok(relay)
+        Ok(target)
     }
 
-    fn parse(url: &str) -> Option<Relay> {
+    fn parse(url: &str) -> Option<Target> {
         let uri: Uri = url.parse().ok()?;
         let scheme = uri.scheme_str()?;
         let default_port = match scheme {
@@ -463,7 +588,7 @@ impl Relay {
             "/" => "/relay",
             path => path,
         };
-        Some(Relay {
+        Some(Target {
             uri: format!("{scheme}://{place}{path}").parse().ok()?,
             host: host.trim_matches(['[', ']']).to_owned(),
             port,
@@ -472,46 +597,88 @@ impl Relay {
         })
     }
 
-    fn attempt(&self, token: &str) -> Result<Session, Failure> {
-        let opened = self.open(token);
-        opened.map_err(|failure| failure.during(&format!("cannot reach {}", self.uri)))?
+    fn attempt(&self, token: &str) -> Result<Attempt, Failure> {
+        let place = match &self.proxy {
+            None => format!("cannot reach {}", self.uri),
+            Some(proxy) => {
+                let (host, port) = (proxy.host(), proxy.port());
+                format!("cannot reach {} through the proxy {host}:{port}", self.uri)
+            }
+        };
+        self.open(token).map_err(|failure| failure.during(&place))
     }
 
-    /// The outer error means that the relay could not be reached, the inner one that it
-    /// refused.
-    fn open(&self, token: &str) -> Result<Result<Session, Failure>, Failure> {
-        let socket = self.dial()?;
-        let Some(config) = &self.tls else {
-            let upgraded =
-                self.upgrade(&mut Timed::new(&socket, ANSWER_TIMEOUT, ANSWER_LATE), token)?;
-            return Ok(upgraded.map(|rest| Session {
-                socket,
-                tls: None,
-                rest,
-            }));
+    fn open(&self, token: &str) -> Result<Attempt, Failure> {
+        let socket = Arc::new(self.connect()?);
+        let stream: Arc<dyn Stream> = match &self.tls {
+            None => socket.clone(),
+            Some(config) => Arc::new(self.shake_hands(&socket, config)?),
         };
-
-        let name = ServerName::try_from(self.host.clone()).map_err(io::Error::other)?;
-        let tls = ClientConnection::new(config.clone(), name);
-        let mut tls = tls.map_err(io::Error::other)?;
-        tls.complete_io(&mut Timed::new(&socket, STEP_TIMEOUT, TLS_LATE))?;
-        let mut timed = Timed::new(&socket, ANSWER_TIMEOUT, ANSWER_LATE);
-        let upgraded = self.upgrade(&mut rustls::Stream::new(&mut tls, &mut timed), token)?;
-        Ok(upgraded.map(|mut rest| {
-            // Takes what has been decrypted already. The error only says that there is no more.
-            let _ = tls.reader().read_to_end(&mut rest);
-            Session {
-                socket,
-                tls: Some(tls),
-                rest,
+        let half = |writes| Half {
+            stream: stream.clone(),
+            writes,
+        };
+        let request = ClientRequestBuilder::new(self.uri.clone())
+            .with_header("User-Agent", AGENT)
+            .with_header("Authorization", format!("Bearer {token}"));
+        let what = ("answer", "is it a relay that listens there?");
+        within(ANSWER_TIMEOUT, &socket, what, || {
+            let limits = Some(copy::limits(READ_BYTES));
+            match client_with_config(request, half(true), limits) {
+                Ok((mut websocket, _)) => {
+                    websocket.get_mut().writes = false;
+                    Ok(Attempt::Opened(Box::new(Session {
+                        socket: socket.clone(),
+                        stream: stream.clone(),
+                        receiving: Receiving {
+                            websocket,
+                            may_hold_more: true,
+                        },
+                    })))
+                }
+                Err(HandshakeError::Failure(Error::Http(answer)))
+                    if !answer.status().is_informational() =>
+                {
+                    Ok(refusal(*answer, half(false)))
+                }
+                Err(HandshakeError::Failure(e)) => Err(no_handshake(e)),
+                Err(HandshakeError::Interrupted(_)) => Err(Failure::passing("no answer")),
             }
-        }))
+        })
+    }
+
+    fn shake_hands(
+        &self,
+        socket: &Arc<TcpStream>,
+        config: &Arc<ClientConfig>,
+    ) -> Result<Tls, Failure> {
+        let name = ServerName::try_from(self.host.clone());
+        let name = name.map_err(|e| Failure::lasting(e.to_string()))?;
+        let connection = ClientConnection::new(config.clone(), name);
+        let mut connection = connection.map_err(io::Error::other)?;
+        // It should accept a frame whole.
+        connection.set_buffer_limit(Some(copy::HEADER_BYTES + copy::CHUNK_BYTES));
+
+        let what = ("TLS handshake", "does that port speak TLS?");
+        within(STEP_TIMEOUT, socket, what, || {
+            Ok(connection.complete_io(&mut &**socket)?)
+        })?;
+        Ok(Tls {
+            socket: socket.clone(),
+            connection: Mutex::new(connection),
+        })
     }
 
     /// Connects to the relay by TCP, or through a proxy (RFC 9110, section 9.3.6).
-    fn dial(&self) -> Result<TcpStream, Failure> {
-        let Some(proxy) = &self.proxy else {
-            return Ok(dial(&self.host, self.port)?);
+    fn connect(&self) -> Result<TcpStream, Failure> {
+        let proxy = self.proxy.as_ref();
+        let socket = match proxy {
+            None => dial(&self.host, self.port)?,
+            Some(proxy) => dial(proxy.host(), proxy.port())?,
+        };
+        socket.set_nodelay(true)?;
+        let Some(proxy) = proxy else {
+            return Ok(socket);
         };
 
         let place = format!("{}:{}", self.uri.host().unwrap_or_default(), self.port);
@@ -521,255 +688,182 @@ impl Relay {
             let both = Base64::encode_to_string(both).unwrap_or_default();
             request += &format!("Proxy-Authorization: Basic {both}\r\n");
         }
-        let failed = |failure: Failure| failure.during("the proxy of HTTPS_PROXY");
-        let socket = dial(proxy.host(), proxy.port()).map_err(|e| failed(e.into()))?;
-        let mut timed = Timed::new(&socket, ANSWER_TIMEOUT, ANSWER_LATE);
-        let answer = exchange(&mut timed, &(request + "\r\n")).map_err(failed)?;
-        if answer.status.is_success() {
-            return Ok(socket);
-        }
-        let code = answer.status.as_u16();
-        let text = format!("the proxy of HTTPS_PROXY refused: {code}");
-        Err(Failure::new(text, may_pass(answer.status)))
+        let what = ("answer from the proxy", "is it one?");
+        let ask = || ask_proxy(&socket, &(request + "\r\n"));
+        within(ANSWER_TIMEOUT, &socket, what, ask)?;
+        Ok(socket)
     }
+}
 
-    /// Asks for a WebSocket (RFC 6455, section 4.1). Returns the bytes that came after the
-    /// answer's head.
-    fn upgrade(
-        &self,
-        stream: &mut (impl Read + Write),
-        token: &str,
-    ) -> Result<Result<Vec<u8>, Failure>, Failure> {
-        let key = generate_key();
-        let path = self.uri.path_and_query().map_or("/", |path| path.as_str());
-        let place = self.uri.authority().map_or("", |place| place.as_str());
-        let request = format!(
-            "GET {path} HTTP/1.1\r\nHost: {place}\r\nUser-Agent: {AGENT}\r\n\
-             Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
-             Sec-WebSocket-Key: {key}\r\nAuthorization: Bearer {token}\r\n\r\n"
-        );
+/// TLS over a socket. Both halves of the WebSocket share it.
+struct Tls {
+    socket: Arc<TcpStream>,
+    connection: Mutex<ClientConnection>,
+}
 
-        let mut answer = exchange(stream, &request)?;
-        if answer.status != StatusCode::SWITCHING_PROTOCOLS {
-            let body = read_body(&mut answer, stream);
-            return Ok(Err(refusal(&answer, &body)));
+impl Tls {
+    fn send(&self, tls: &mut ClientConnection) -> io::Result<()> {
+        while tls.wants_write() {
+            tls.write_tls(&mut &*self.socket)?;
         }
-        let accept = derive_accept_key(key.as_bytes());
-        for (name, expected) in [("Upgrade", "websocket"), ("Sec-WebSocket-Accept", &accept)] {
-            if !answer.header(name).eq_ignore_ascii_case(expected) {
-                let text = format!("its answer is not a WebSocket handshake: wrong {name}");
-                return Err(Failure::new(text, false));
+        Ok(())
+    }
+}
+
+impl Stream for Tls {
+    fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut tls = lock(&self.connection);
+        loop {
+            match tls.reader().read(buffer) {
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                done => return done,
             }
+            tls.read_tls(&mut &*self.socket)?;
+            tls.process_new_packets().map_err(io::Error::other)?;
         }
-        Ok(Ok(answer.rest))
+    }
+
+    fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut tls = lock(&self.connection);
+        // rustls has room for more once it has sent what it holds.
+        self.send(&mut tls)?;
+        tls.writer().write(bytes)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.send(&mut lock(&self.connection))
     }
 }
 
-/// Connects to the first address of a name that answers. Each address may take its share of
-/// the time that is left, so that a silent one leaves some for the others.
-fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
-    let deadline = Instant::now() + STEP_TIMEOUT;
-    let place = (host.trim_matches(['[', ']']).to_owned(), port);
-    let (sender, found) = mpsc::channel();
-    thread::Builder::new().spawn(move || sender.send(place.to_socket_addrs()))?;
-    let found = found.recv_timeout(STEP_TIMEOUT);
-
-    let mut failure = io::Error::other(format!("cannot resolve {host}; is the name right?"));
-    let mut addresses = found
-        .into_iter()
-        .flatten()
-        .flatten()
-        .collect::<Vec<_>>()
-        .into_iter();
-    while let Some(address) = addresses.next() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let share = left / (addresses.len() as u32 + 1);
-        match TcpStream::connect_timeout(&address, share.max(Duration::from_millis(1))) {
-            Ok(socket) => return socket.set_nodelay(true).map(|()| socket),
-            Err(e) => failure = late(e, TCP_LATE),
-        }
-    }
-    Err(failure)
+/// Takes a step of a connection. If there is no result in time, ends the connection, and with it
+/// the step. `what` is the result that did not come, and `advice` what to look at then.
+fn within<T>(
+    limit: Duration,
+    socket: &TcpStream,
+    (what, advice): (&str, &str),
+    step: impl FnOnce() -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let (done, is_done) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watch = move || {
+            let is_late = is_done.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
+            if is_late {
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+            is_late
+        };
+        let watch = thread::Builder::new().spawn_scoped(scope, watch)?;
+        let result = step();
+        drop(done);
+        let is_late = watch.join().unwrap_or(false);
+        result.map_err(|failure| match is_late {
+            true => Failure::passing(format!("no {what} within {} s; {advice}", limit.as_secs())),
+            false => failure,
+        })
+    })
 }
 
-/// Trusts Mozilla's authorities, or those in SSL_CERT_FILE instead.
+/// Sends a request to a proxy. Reads nothing behind the head of its answer.
+fn ask_proxy(mut socket: &TcpStream, request: &str) -> Result<(), Failure> {
+    socket.write_all(request.as_bytes())?;
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") && (head.len() as u64) < MAX_ANSWER_BYTES {
+        let mut byte = [0];
+        socket.read_exact(&mut byte)?;
+        head.extend(byte);
+    }
+
+    let status = head
+        .splitn(3, |&byte| byte == b' ')
+        .nth(1)
+        .unwrap_or_default();
+    let Ok(status) = StatusCode::from_bytes(status) else {
+        return Err(Failure::lasting("its answer is not HTTP; is it a proxy?"));
+    };
+    if status.is_success() {
+        return Ok(());
+    }
+    let again_after = may_pass(status.as_u16()).then_some(Duration::ZERO);
+    let text = format!("it refused: {}", in_words(status));
+    Err(Failure { text, again_after })
+}
+
+/// Trusts Mozilla's authorities, and those in SSL_CERT_FILE.
 fn tls_config() -> Result<Arc<ClientConfig>, String> {
     let mut roots = RootCertStore::empty();
-    match trusted_roots()? {
-        Some(own) => {
-            let own = own.iter().map(|root| CertificateDer::from(root.der()));
-            roots.add_parsable_certificates(own);
-        }
-        None => roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned()),
-    }
+    roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    let own = web::own_authorities()?;
+    let own = own.iter().map(|root| CertificateDer::from(root.der()));
+    roots.add_parsable_certificates(own);
 
     let config = ClientConfig::builder().with_root_certificates(roots);
     Ok(Arc::new(config.with_no_client_auth()))
 }
 
-/// A socket during one step of the connection, with a deadline for the whole step.
-struct Timed<'a> {
-    socket: &'a TcpStream,
-    deadline: Instant,
-    late: &'static str,
-}
-
-impl Timed<'_> {
-    fn new<'a>(socket: &'a TcpStream, limit: Duration, late: &'static str) -> Timed<'a> {
-        let deadline = Instant::now() + limit;
-        Timed {
-            socket,
-            deadline,
-            late,
+/// What it means that a handshake led to no answer.
+fn no_handshake(e: Error) -> Failure {
+    match e {
+        Error::Io(e) => e.into(),
+        Error::Protocol(ProtocolError::HandshakeIncomplete) => {
+            io::Error::from(ErrorKind::UnexpectedEof).into()
         }
-    }
-
-    fn limited<T>(&self, step: impl FnOnce(&TcpStream) -> io::Result<T>) -> io::Result<T> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        let left = Some(left.max(Duration::from_millis(1)));
-        self.socket.set_read_timeout(left)?;
-        self.socket.set_write_timeout(left)?;
-        step(self.socket).map_err(|e| late(e, self.late))
-    }
-}
-
-impl Read for Timed<'_> {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.limited(|mut socket| socket.read(bytes))
-    }
-}
-
-impl Write for Timed<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.limited(|mut socket| socket.write(bytes))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn late(e: io::Error, text: &str) -> io::Error {
-    match e.kind() {
-        ErrorKind::WouldBlock | ErrorKind::TimedOut => io::Error::other(text),
-        _ => e,
-    }
-}
-
-/// The answer to a request, as far as it was read.
-struct Answer {
-    status: StatusCode,
-    headers: Vec<(String, String)>,
-    /// The bytes that came after its head.
-    rest: Vec<u8>,
-}
-
-impl Answer {
-    fn header(&self, name: &str) -> &str {
-        let mut all = self.headers.iter();
-        let found = all.find(|(found, _)| found.eq_ignore_ascii_case(name));
-        found.map_or("", |(_, value)| value)
-    }
-}
-
-fn exchange(stream: &mut (impl Read + Write), request: &str) -> Result<Answer, Failure> {
-    stream.write_all(request.as_bytes())?;
-    stream.flush()?;
-
-    let mut bytes = Vec::new();
-    while bytes.len() < MAX_ANSWER_BYTES {
-        let mut chunk = [0; 4096];
-        let length = stream.read(&mut chunk)?;
-        if length == 0 {
-            return Err(io::Error::from(ErrorKind::UnexpectedEof).into());
+        // Some proxies answer so while the relay is not there.
+        Error::Protocol(ProtocolError::WrongHttpVersion) => {
+            Failure::passing("a proxy answered in the relay's place, by HTTP/1.0")
         }
-        bytes.extend(&chunk[..length]);
-
-        let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-        let mut head = httparse::Response::new(&mut headers);
-        let Ok(parsed) = head.parse(&bytes) else {
-            break;
-        };
-        let status = head.code.and_then(|code| StatusCode::from_u16(code).ok());
-        if let (httparse::Status::Complete(length), Some(status)) = (parsed, status) {
-            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            let header = |header: &httparse::Header| (header.name.into(), text(header.value));
-            let headers = head.headers.iter().map(header).collect();
-            let rest = bytes.split_off(length);
-            return Ok(Answer {
-                status,
-                headers,
-                rest,
-            });
-        }
-    }
-    Err(Failure::new(
-        "its answer is not HTTP; is it a relay that listens there?",
-        false,
-    ))
-}
-
-/// The body of an answer, or as much of it as arrives.
-fn read_body(answer: &mut Answer, stream: &mut impl Read) -> String {
-    let mut body = std::mem::take(&mut answer.rest);
-    let length = answer.header("Content-Length").parse();
-    let length = length.unwrap_or(MAX_ANSWER_BYTES).min(MAX_ANSWER_BYTES);
-    let mut chunk = [0; 4096];
-    // A chunked body ends with an empty chunk (RFC 9112, section 7.1).
-    while body.len() < length && !body.ends_with(b"0\r\n\r\n") {
-        match stream.read(&mut chunk) {
-            Ok(length @ 1..) => body.extend(&chunk[..length]),
-            _ => break,
-        }
-    }
-
-    let text = String::from_utf8_lossy(&body);
-    let is_chunked = !answer.header("Transfer-Encoding").is_empty();
-    match text.split_once("\r\n") {
-        Some((_, behind_size)) if is_chunked => behind_size.to_owned(),
-        _ => text.into_owned(),
+        e => Failure::lasting(format!(
+            "its answer is not a WebSocket handshake: {e}; is it a relay that listens there?"
+        )),
     }
 }
 
-/// The message for an answer that is no WebSocket: a refusal by the relay, or a page by
-/// something in front of it.
-fn refusal(answer: &Answer, body: &str) -> Failure {
-    let status = answer.status;
-    let code = status.as_u16().to_string();
-    let is_page = answer.header("Content-Type").starts_with("text/html") || body.starts_with('<');
-    let said = plain(match is_page {
-        true => title(body).unwrap_or_default(),
-        false => body.lines().next().unwrap_or_default(),
-    });
-    let said = match said.strip_prefix(&code).unwrap_or(&said).trim_start() {
-        "" => status.canonical_reason().unwrap_or_default(),
-        said => said,
-    };
-
-    let said = with(&code, said);
-    let text = match is_page {
-        true => format!(
-            "a proxy or web server answered in the relay's place: {said}; does the relay run, \
-             and is NIX_RELAY_URL right?"
+/// What an answer means that is no WebSocket: a refusal by the relay, or a page by something in
+/// front of it.
+fn refusal(answer: Response<Option<Vec<u8>>>, wire: Half) -> Attempt {
+    let (head, body) = answer.into_parts();
+    let (status, headers) = (head.status, &head.headers);
+    let body = read_body(headers, body.unwrap_or_default(), wire);
+    // Our codes end with 503, and those of large proxies begin with 520.
+    let is_ours = text_of(headers, header::CONTENT_TYPE).starts_with("text/plain")
+        && (400..=503).contains(&status.as_u16());
+    let text = match is_ours {
+        true => {
+            let line = plain(body.lines().next().unwrap_or_default());
+            format!("the relay refused: {}", with(status.as_str(), &line))
+        }
+        false => format!(
+            "a proxy or web server answered in the relay's place: {}; does the relay run, and is \
+             NIX_RELAY_URL right?",
+            in_words(status)
         ),
-        false => format!("the relay refused: {said}"),
     };
-    let wait = answer.header("Retry-After").parse().unwrap_or_default();
-    let again_after = may_pass(status).then_some(Duration::from_secs(wait));
-    Failure { text, again_after }
+    if text_of(headers, "Nix-Relay-Queue") == "full" {
+        return Attempt::Full(text);
+    }
+
+    let wait = text_of(headers, header::RETRY_AFTER).parse();
+    let wait = Duration::from_secs(wait.unwrap_or_default());
+    let again_after = may_pass(status.as_u16()).then_some(wait);
+    Attempt::Failed(Failure { text, again_after })
 }
 
-fn title(page: &str) -> Option<&str> {
-    let lower = page.to_ascii_lowercase();
-    let tag = lower.find("<title")?;
-    let start = tag + lower[tag..].find('>')? + 1;
-    let length = lower[start..].find("</title")?;
-    Some(&page[start..start + length])
+/// The body of an answer, or as much of it as arrives, after what has arrived already.
+fn read_body(headers: &HeaderMap, mut body: Vec<u8>, wire: Half) -> String {
+    let length = text_of(headers, header::CONTENT_LENGTH)
+        .parse()
+        .unwrap_or(0);
+    let missing = MAX_ANSWER_BYTES
+        .min(length)
+        .saturating_sub(body.len() as u64);
+    let _ = wire.take(missing).read_to_end(&mut body);
+    String::from_utf8_lossy(&body).into_owned()
 }
 
-/// Whether the same request may succeed soon.
-fn may_pass(status: StatusCode) -> bool {
-    matches!(status.as_u16(), 429 | 502 | 503 | 504)
+fn in_words(status: StatusCode) -> String {
+    with(
+        status.as_str(),
+        status.canonical_reason().unwrap_or_default(),
+    )
 }
 
 /// Makes a text from the other side safe for one line on a terminal: nothing in it moves the
@@ -790,6 +884,17 @@ fn with(what: &str, detail: &str) -> String {
     }
 }
 
+/// What a system error says, without its number.
+fn system_words(e: &io::Error) -> String {
+    match e.kind() {
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => "connection reset".into(),
+        ErrorKind::UnexpectedEof => "the connection was closed".into(),
+        _ => {
+            let words = e.to_string().to_lowercase();
+            words.split(" (os error").next().unwrap_or_default().into()
+        }
+    }
+}
 /// Returns None if the variable is unset or empty.
 fn variable(name: &str) -> Option<String> {
     let value = env::var_os(name).filter(|value| !value.is_empty())?;

@@ -74,7 +74,7 @@ in
     imports = [ builder ];
     services.nix-relay = {
       openFirewall = true;
-      settings.auth.allowed_org = null;
+      settings.auth.allowed_org = "";
       stores.main.rule.bound_claims.repository_owner = "example-org";
     };
   };

@@ -124,7 +124,7 @@ fn a_failure_has_status_and_last_line() {
     let stage = stage("echo output; echo first >&2; printf 'last line' >&2; exit 7");
     let (data, code, reason) = stage.session();
     assert_eq!((data.as_slice(), code), (&b"output\n"[..], 1011));
-    assert_eq!(reason, "nix-daemon exited with status 7: last line");
+    assert_eq!(reason, "nix-daemon ended with exit status: 7: last line");
     stage
         .relay
         .log
@@ -132,13 +132,13 @@ fn a_failure_has_status_and_last_line() {
     stage.nothing_is_left();
 }
 
-/// 33 bytes stand before the line, so that one of these is cut inside a character, were it not for us.
+/// 38 bytes stand before the line, so that one of these is cut inside a character, were it not for us.
 #[test]
 fn a_long_reason_is_cut_between_characters() {
     let line = "ä".repeat(100);
-    for (first, length) in [("", 123), ("x", 122)] {
+    for (first, length) in [("", 122), ("x", 123)] {
         let (_, code, reason) = stage(&format!("echo '{first}{line}' >&2; exit 7")).session();
-        let whole = format!("nix-daemon exited with status 7: {first}{line}");
+        let whole = format!("nix-daemon ended with exit status: 7: {first}{line}");
         assert_eq!((code, reason.as_str()), (1011, &whole[..length]));
     }
 }
@@ -150,7 +150,7 @@ fn a_reason_in_colours() {
         "\\033[31;1merror:\\033[0m \\033]8;;http://a\\033\\\\it\\033]8;;\\007 is \\033(Bred\\007";
     let stage = stage(&format!("printf '{line}\\n' >&2; exit 1"));
     let (_, code, reason) = stage.session();
-    let expected = "nix-daemon exited with status 1: error: it is red";
+    let expected = "nix-daemon ended with exit status: 1: error: it is red";
     assert_eq!((code, reason.as_str()), (1011, expected));
     stage
         .relay
@@ -176,7 +176,7 @@ fn the_reason_is_the_last_line_with_words_in_it() {
         &long,
     ] {
         let (_, code, reason) = stage(&format!("printf '{lines}' >&2; exit 1")).session();
-        let is_it = reason.starts_with("nix-daemon exited with status 1: the reason");
+        let is_it = reason.starts_with("nix-daemon ended with exit status: 1: the reason");
         assert!(code == 1011 && is_it, "{lines:.60}: {reason}");
         assert!(!reason.contains(char::is_control), "{reason:?}");
     }
@@ -187,7 +187,7 @@ fn killed_by_a_signal() {
     let stage = stage("kill -9 $$");
     let (_, code, reason) = stage.session();
     assert!(
-        code == 1011 && reason.starts_with("nix-daemon was killed by signal 9"),
+        code == 1011 && reason.starts_with("nix-daemon ended with signal: 9 (SIGKILL)"),
         "{reason}"
     );
     stage.nothing_is_left();
@@ -241,8 +241,9 @@ fn a_daemon_that_ignores_sigterm() {
     let stage = stage("trap '' TERM; echo ready; exec sleep 1000");
     let mut client = stage.connect();
     client.receive_exactly(6);
-    client.close();
     let closed = Instant::now();
+    // Its own Close comes when the daemon is gone.
+    client.close();
     stage
         .relay
         .log
@@ -262,7 +263,7 @@ fn a_daemon_that_ignores_sigterm() {
     stage
         .relay
         .log
-        .wait("exit=\"nix-daemon was killed by signal 9\"");
+        .wait("exit=\"nix-daemon ended with signal: 9 (SIGKILL)\"");
     stage.nothing_is_left();
 }
 
@@ -274,7 +275,7 @@ fn a_daemon_that_cleans_up_has_the_time_to() {
     stage
         .relay
         .log
-        .wait("exit=\"nix-daemon exited with status 0\"");
+        .wait("exit=\"nix-daemon ended with exit status: 0\"");
     assert!(stage.relay.log.text().contains("line=\"cleaned up\""));
     assert!(!stage.relay.log.text().contains("outlives"));
     stage.nothing_is_left();
@@ -308,7 +309,7 @@ fn a_daemon_that_closes_stdout_and_lives_on() {
     stage
         .relay
         .log
-        .wait("exit=\"nix-daemon was killed by signal 15\"");
+        .wait("exit=\"nix-daemon ended with signal: 15 (SIGTERM)\"");
     stage.nothing_is_left();
 }
 
@@ -318,7 +319,7 @@ fn much_on_stderr() {
     let (data, code, reason) = stage.session();
     assert_eq!((data.as_slice(), code), (&b"output\n"[..], 1011));
     assert!(
-        reason.starts_with("nix-daemon exited with status 3: xxx"),
+        reason.starts_with("nix-daemon ended with exit status: 3: xxx"),
         "{reason}"
     );
     assert!(
@@ -349,7 +350,7 @@ fn a_daemon_that_dies_while_input_is_coming() {
         (
             vec![b'x'; 10],
             1011,
-            "nix-daemon exited with status 3: enough".into()
+            "nix-daemon ended with exit status: 3: enough".into()
         )
     );
     // The writer does not care, and is cut off.
@@ -487,5 +488,8 @@ fn a_relay_that_was_started_with_sigchld_ignored() {
         .start();
     let (_, code, reason) = relay.connect(&issuer.token()).until_close();
     assert_eq!(code, 1011);
-    assert_eq!(reason, "nix-daemon exited with status 3: it gave no reason");
+    assert_eq!(
+        reason,
+        "nix-daemon ended with exit status: 3: it gave no reason"
+    );
 }

@@ -119,7 +119,7 @@ const KEYS: [(&str, &str, &str, &str, &str, &str); 14] = [
         "daemon.queue_timeout_secs",
         "NIX_RELAY_QUEUE_TIMEOUT_SECS",
         "30",
-        "60",
+        "20",
         "0",
         "0",
     ),

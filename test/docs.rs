@@ -3,7 +3,7 @@
 use crate::support::*;
 use std::fs;
 
-const PAGES: [&str; 6] = [
+const PAGES: [&str; 7] = [
     "README.md",
     "SECURITY.md",
     "nix/README.md",

@@ -21,7 +21,7 @@ fn each_is_closed_with(cases: &[(&str, Vec<u8>, u16)]) {
         client.close();
         let line = relay.log.wait(&format!("session ended session={number} "));
         assert!(
-            line.contains(" exit=\"nix-daemon exited with status 0\""),
+            line.contains(" exit=\"nix-daemon ended with exit status: 0\""),
             "{what}: {line}"
         );
     }

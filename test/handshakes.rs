@@ -328,7 +328,7 @@ fn refused_clients_that_go_on_sending() {
 #[test]
 fn clients_without_a_place_that_go_on_sending() {
     let issuer = Issuer::start();
-    let setup = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "600");
+    let setup = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "30");
     let relay = setup.set("HANDSHAKE_TIMEOUT_SECS", "600").start();
     let request = upgrade_request(&format!("Authorization: Bearer {}\r\n", issuer.token()));
     let _sessions: Vec<Client> = (0..32).map(|_| relay.connect(&issuer.token())).collect();

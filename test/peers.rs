@@ -261,6 +261,11 @@ impl Network {
         }
     }
 
+    /// `ip` for the client's end.
+    pub fn within(&self, arguments: &str) {
+        ip_within(&self.name, arguments);
+    }
+
     /// From within the namespace: a socket belongs to that in which it was made.
     fn connect(&self, stage: &Stage) -> Client {
         let port = stage.relay.address.port();

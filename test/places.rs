@@ -178,7 +178,7 @@ fn so_many_wait_for_the_keys_of_an_issuer() {
     });
     for answer in &told {
         assert!(
-            answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nRetry-After: 5\r\n"),
+            answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nRetry-After: 2\r\n"),
             "{answer}"
         );
     }
@@ -205,7 +205,7 @@ struct Full {
 fn full() -> Full {
     let (issuer, dir) = (Issuer::start(), Dir::new());
     let started = dir.path("started").display().to_string();
-    let setup = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "600");
+    let setup = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "30");
     let setup = setup.daemon(&format!("echo started >>{started}; exec cat"));
     let relay = start(setup, &rule(&issuer, "main", ""));
     let token = token(&issuer, "main");
@@ -269,7 +269,7 @@ fn clients_that_hang_up_while_they_wait() {
     });
     for answer in &told {
         assert!(
-            answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nRetry-After: 5\r\n"),
+            answer.starts_with("HTTP/1.1 503 ") && answer.contains("\r\nRetry-After: 2\r\n"),
             "{answer}"
         );
     }
@@ -300,7 +300,7 @@ fn a_rule_has_a_limit_of_its_own() {
     let issuer = Issuer::start();
     let rules = rule(&issuer, "pulls", "max_connections = 2") + &rule(&issuer, "main", "");
     let setup = Setup::new(&issuer)
-        .set("QUEUE_TIMEOUT_SECS", "600")
+        .set("QUEUE_TIMEOUT_SECS", "30")
         .set("MAX_CONNECTIONS", "4");
     let relay = start(setup, &rules);
     let [pull, main] = ["pulls", "main"].map(|branch| token(&issuer, branch));
@@ -344,7 +344,7 @@ fn strangers_cost_the_same_whoever_waits() {
     let branches = ["a", "b", "c"];
     let rules = branches.map(|branch| rule(&issuer, branch, "")).concat();
     let setup = Setup::new(&issuer)
-        .set("QUEUE_TIMEOUT_SECS", "600")
+        .set("QUEUE_TIMEOUT_SECS", "30")
         .set("MAX_CONNECTIONS", "1");
     let relay = start(setup, &rules);
     let _session = relay.connect(&token(&issuer, "a"));
@@ -377,7 +377,7 @@ fn strangers_cost_the_same_whoever_waits() {
 fn who_waits_for_a_permit_survives_a_flood() {
     let issuer = Issuer::start();
     let setup = Setup::new(&issuer)
-        .set("QUEUE_TIMEOUT_SECS", "600")
+        .set("QUEUE_TIMEOUT_SECS", "30")
         .set("HANDSHAKE_TIMEOUT_SECS", "600")
         .set("MAX_CONNECTIONS", "1");
     let relay = start(setup, &rule(&issuer, "main", ""));

@@ -151,7 +151,7 @@ fn a_full_tmp() {
 #[test]
 fn one_client_more_than_permits() {
     let issuer = Issuer::start();
-    let relay = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "600").start();
+    let relay = Setup::new(&issuer).set("QUEUE_TIMEOUT_SECS", "30").start();
     let before = relay.at_rest();
     let mut sessions: Vec<Client> = (0..32).map(|_| relay.connect(&issuer.token())).collect();
     thread::scope(|scope| {
@@ -201,7 +201,7 @@ fn a_client_that_does_not_wait() {
     let issuer = Issuer::start();
     let setup = Setup::new(&issuer)
         .set("MAX_CONNECTIONS", "1")
-        .set("QUEUE_TIMEOUT_SECS", "600");
+        .set("QUEUE_TIMEOUT_SECS", "30");
     let relay = setup.start();
     let before = relay.at_rest();
     let mut client = relay.connect(&issuer.token());

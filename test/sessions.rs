@@ -239,7 +239,7 @@ fn the_log_has_both_ends_of_a_session() {
     for part in [
         " session=1 reason=client-closed ",
         " bytes_in=5 bytes_out=5 ",
-        " exit=\"nix-daemon exited with status 0\"",
+        " exit=\"nix-daemon ended with exit status: 0\"",
     ] {
         assert!(line.contains(part), "{line}");
     }

@@ -136,7 +136,7 @@ fn who_waits_for_a_permit_gets_503() {
     let issuer = Issuer::start();
     let setup = Setup::new(&issuer)
         .set("MAX_CONNECTIONS", "1")
-        .set("QUEUE_TIMEOUT_SECS", LONG);
+        .set("QUEUE_TIMEOUT_SECS", "30");
     let mut relay = setup.set("SHUTDOWN_GRACE_SECS", LONG).start();
     let mut client = relay.connect(&issuer.token());
     thread::scope(|scope| {

@@ -149,7 +149,7 @@ fn main() {
     let setup = Setup::new(&issuer)
         .daemon(DAEMON)
         .set("MAX_CONNECTIONS", PERMITS)
-        .set("QUEUE_TIMEOUT_SECS", "600");
+        .set("QUEUE_TIMEOUT_SECS", "30");
     let mut relay = setup
         .set("KEEPALIVE_SECS", "1")
         .set("HANDSHAKE_TIMEOUT_SECS", "1")

@@ -57,14 +57,15 @@ fn output(command: &mut Command) -> String {
     out + &err
 }
 
-/// The client in a job with a token, for a relay or what is in its place. It does not try again.
+/// The client in a job with a token, for a relay or what is in its place. It neither waits nor tries again.
 fn client(url: &str, home: &Dir, token: &str) -> Command {
     let mut command = job(env!("CARGO_BIN_EXE_nix-relay"), home);
     command
         .arg("--stdio")
         .env("NIX_RELAY_URL", url)
         .env("NIX_RELAY_TOKEN", token)
-        .env("NIX_RELAY_RETRY_SECS", "0");
+        .env("NIX_RELAY_RETRY_SECS", "0")
+        .env("NIX_RELAY_QUEUE_SECS", "0");
     command
 }
 
@@ -73,7 +74,8 @@ fn script(url: &str, home: &Dir, token: &str) -> Command {
     let mut command = job(project("client.sh"), home);
     command
         .env("NIX_RELAY_URL", url)
-        .env("NIX_RELAY_TOKEN", token);
+        .env("NIX_RELAY_TOKEN", token)
+        .env("NIX_RELAY_QUEUE_SECS", "0");
     command
 }
 

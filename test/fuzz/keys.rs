@@ -9,7 +9,7 @@
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 
 mod target {
-    use super::{config, oidc, util};
+    use super::{config, oidc, web};
     use jwt_simple::reexports::ct_codecs::{Base64UrlSafeNoPadding, Decoder};
     use libfuzzer_sys::fuzz_target;
     use serde_json::Value;
@@ -74,7 +74,7 @@ mod target {
         let document = document.replace("ISSUER", url);
         let parsed: Value = serde_json::from_str(&document).unwrap_or_default();
         let uri = parsed["jwks_uri"].as_str().unwrap_or_default();
-        if util::is_https_or_loopback(uri) && uri != format!("{url}/jwks") {
+        if web::is_https_or_loopback(uri) && uri != format!("{url}/jwks") {
             // It would go and ask there.
             return;
         }
