@@ -25,6 +25,7 @@ mod rules;
 mod scarcity;
 mod sessions;
 mod shutdown;
+mod strangers;
 mod support;
 mod tokens;
 mod trouble;
