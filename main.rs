@@ -960,6 +960,7 @@ mod oidc {
         WithTheseKeys(String),
     }
 
+    const NO_EVENTS: &str = "eventfd(2) fails; does a seccomp profile forbid it";
     const NO_KEY: &str = "no matching key in the issuer's key set";
 
     /// All issuers that are trusted.
@@ -1003,7 +1004,7 @@ mod oidc {
                         ..Cache::default()
                     }),
                     waiting: Count::new(),
-                    wanted: Event::new().map_err(|e| e.to_string())?,
+                    wanted: Event::new().map_err(|e| format!("{NO_EVENTS}: {e}"))?,
                 }));
             }
             Ok(Issuers(issuers))
