@@ -600,15 +600,20 @@ mod connection {
         /// Leaves the lobby, and waits until a descriptor is readable, at most until `until`.
         /// Fails if the client leaves or the relay drains.
         fn wait_for(&mut self, fd: PollFd, until: Instant) -> Result<(), Answer> {
-            self.state = State::Guest {
-                _counted: self.relay.guests.clone(),
-            };
+            let draining = &self.relay.draining;
+            // Whoever comes while we drain is told so, and holds up nothing.
+            if !draining.is_set() {
+                self.state = State::Guest {
+                    _counted: self.relay.guests.clone(),
+                };
+            }
             let socket = PollFd::new(&self.socket, PollFlags::RDHUP);
-            let draining = self.relay.draining.poll_fd();
-            let [_, hangup, draining] = poll::ready([fd, socket, draining], Some(until));
-            if !draining.is_empty() {
-                let line = "the relay is shutting down; try again later";
-                return Err(Answer::new(http::RETRY_LATER, line));
+            let [_, hangup, _] = poll::ready([fd, socket, draining.poll_fd()], Some(until));
+            if draining.is_set() {
+                return Err(Answer::new(
+                    http::RETRY_LATER,
+                    "the relay is shutting down; try again later",
+                ));
             }
             if !hangup.is_empty() {
                 return Err(Answer::new(
@@ -1210,10 +1215,8 @@ mod oidc {
     /// Fetches the discovery document and then the key set (OpenID Connect Discovery 1.0,
     /// sections 4.1 to 4.3).
     pub(crate) fn fetch_jwks(issuer: &str) -> Result<Vec<Key>, String> {
-        let get = |url: &str| {
-            let document = web::get_json(url, |request| request);
-            document.map_err(|e| format!("{url}: {e}"))
-        };
+        let get =
+            |url: &str| web::get_json(url, |request| request).map_err(|e| format!("{url}: {e}"));
         let url = issuer.trim_end_matches('/');
         let document = get(&format!("{url}/.well-known/openid-configuration"))?;
         let named = &document["issuer"];
