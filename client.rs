@@ -9,7 +9,6 @@ use crate::copy::{
 };
 use crate::poll::{self, Event, lock};
 use crate::web::{self, AGENT, STEP_TIMEOUT, is_loopback, proxy_for, text_of};
-use dns_lookup::{AddrInfo, AddrInfoHints, LookupError, LookupErrorKind, SockType, getaddrinfo};
 use jwt_simple::{prelude::Base64, reexports::ct_codecs::Encoder};
 use rustix::io::ioctl_fionbio;
 use rustix::pipe::fcntl_setpipe_size;
@@ -18,15 +17,14 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
-use std::{env, thread};
+use std::{thread, vec};
 use tungstenite::client::client_with_config;
 use tungstenite::error::ProtocolError;
 use tungstenite::http::{HeaderMap, Response, header};
@@ -35,8 +33,8 @@ use tungstenite::{ClientRequestBuilder, Error, HandshakeError};
 use ureq::Proxy;
 use ureq::http::{StatusCode, Uri};
 
-/// For the relay's answer. A full relay keeps its clients waiting for `queue_timeout_secs`,
-/// which is 30 at most.
+/// For each answer, be it a proxy's, to a TLS handshake, or the relay's: if that is full, it keeps
+/// its clients waiting for `queue_timeout_secs`, which is 30 at most.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(40);
 /// A resolver asks a silent name server for 5 s, often twice, before it asks the next one.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
@@ -50,9 +48,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 /// The pause between attempts, which doubles each time up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(8);
-/// How long an attempt takes at least, on average, where the relay is full.
-const FULL_PAUSE: Duration = Duration::from_secs(1);
-/// How often those who wait for a full relay are told so.
+/// How often those who wait are told so: some CI systems end a job that says nothing for long.
 const REMINDER: Duration = Duration::from_secs(60);
 /// The size of the two pipes to Nix. With smaller ones, Nix and the client often wait for
 /// each other.
@@ -90,36 +86,15 @@ struct Session {
     receiving: Receiving,
 }
 
-/// What an attempt to open a session led to.
-enum Attempt {
-    Opened(Box<Session>),
-    /// The relay is there, and all its sessions are in use. This is what it said.
-    Full(String),
-    Failed(Failure),
-}
-
-/// How a session ended.
-enum Ending {
-    Well,
-    /// Nobody reads standard output, so there is nobody to tell.
-    Unread,
-    Badly(String),
-}
-
 pub fn run() -> ExitCode {
     if io::stdin().is_terminal() || io::stdout().is_terminal() {
         return crate::fail(1, FOR_NIX);
     }
-    match carry() {
-        Ok(Ending::Well) => ExitCode::SUCCESS,
-        Ok(Ending::Unread) => ExitCode::FAILURE,
-        Ok(Ending::Badly(text)) | Err(text) => crate::fail(1, &text),
-    }
+    carry().unwrap_or_else(|text| crate::fail(1, &text))
 }
 
-/// Runs the client, from reading its settings to the end of the session. Fails with a message
-/// if there is no session.
-fn carry() -> Result<Ending, String> {
+/// Runs the client, from reading its settings to the end of the session. Fails with a message.
+fn carry() -> Result<ExitCode, String> {
     let target = Target::from_environment()?;
     let keepalive = seconds("NIX_RELAY_KEEPALIVE_SECS", 30)?;
     let retry = seconds("NIX_RELAY_RETRY_SECS", 60)?;
@@ -132,7 +107,8 @@ fn carry() -> Result<Ending, String> {
     }
 
     let session = connect(&target, secs(retry), secs(queue))?;
-    copy(session, keepalive).map_err(|e| e.to_string())
+    let (end, all_sent) = copy(session, keepalive).map_err(|e| e.to_string())?;
+    outcome(&end, all_sent)
 }
 
 /// A line on standard error, which may be broken.
@@ -140,7 +116,8 @@ fn say(text: &str) {
     let _ = writeln!(io::stderr(), "nix-relay: {text}");
 }
 
-fn copy(session: Session, keepalive: u32) -> io::Result<Ending> {
+/// Returns how the session ended, and whether all of standard input was sent by then.
+fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
     let mut keepalive = Keepalive::new(&session.socket, keepalive)?;
     let link = Link::new(&session.socket, session.stream, Role::Client)?;
     let stdin = io::stdin();
@@ -160,37 +137,29 @@ fn copy(session: Session, keepalive: u32) -> io::Result<Ending> {
     link.run(&[], session.receiving, pipes, || {
         while !link.over.is_set() {
             let until = keepalive.check(&link);
-            poll::ready([link.news.poll_fd()], until);
-            link.news.reset();
+            poll::ready([link.over.poll_fd()], until);
         }
     })?;
     let end = link.end.get().cloned().unwrap_or(copy::FAILED);
-    if end.reason == Reason::ProtocolError {
+    let all_sent = link.all_sent.load(Relaxed);
+    // A Close of ours comes after all that is sent.
+    if !all_sent && matches!(end.reason, Reason::Closed | Reason::ProtocolError) {
         link.close(end.code, &end.detail, CLOSE_TIMEOUT);
     }
-    Ok(describe(&end, link.all_sent.load(Relaxed)))
+    Ok((end, all_sent))
 }
 
-fn describe(end: &End, all_sent: bool) -> Ending {
+fn outcome(end: &End, all_sent: bool) -> Result<ExitCode, String> {
     let detail = plain(&end.detail);
-    Ending::Badly(match (end.reason, end.code, &*detail) {
-        (Reason::Failed, ..) => return Ending::Unread,
-        (Reason::Closed, Some(CloseCode::Normal), _) if all_sent => return Ending::Well,
-        (Reason::Closed, Some(CloseCode::Normal), _) => {
-            "the relay ended the session before standard input ended".into()
-        }
-        // What tungstenite makes of a code that may not be sent (RFC 6455, section 7.4.2).
-        (Reason::Closed, Some(CloseCode::Protocol), "Protocol violation") => {
-            "the session broke off: a Close has an invalid code".into()
-        }
-        (Reason::Closed, Some(code), "") => {
-            format!("the relay ended the session: {code}, without a reason")
-        }
-        (Reason::Closed, Some(code), reason) => {
-            format!("the relay ended the session: {code}: {reason}")
-        }
-        (Reason::Closed, None, "") => "the relay ended the session without a reason".into(),
-        (Reason::Closed | Reason::Gone, ..) => {
+    let ended = "the relay ended the session";
+    Err(match (end.reason, end.code) {
+        // Nobody reads standard output, so there is nobody to tell.
+        (Reason::Failed, _) => return Ok(ExitCode::FAILURE),
+        (Reason::Closed, Some(CloseCode::Normal)) if all_sent => return Ok(ExitCode::SUCCESS),
+        (Reason::Closed, Some(CloseCode::Normal)) => format!("{ended} before standard input ended"),
+        (Reason::Closed, Some(code)) => format!("{ended}: {}", with(&code.to_string(), &detail)),
+        (Reason::Closed, None) if detail.is_empty() => format!("{ended} without a reason"),
+        (Reason::Closed | Reason::Gone, _) => {
             format!("the session broke off: {detail}; was the relay or a proxy restarted?")
         }
         _ => format!("the session broke off: {detail}"),
@@ -203,22 +172,25 @@ struct Failure {
     text: String,
     /// The least time to wait before another attempt. None if that would end the same way.
     again_after: Option<Duration>,
+    /// Whether the relay is there, and all its sessions are in use.
+    is_full: bool,
 }
 
 impl Failure {
     /// One that may pass.
     fn passing(text: impl Into<String>) -> Failure {
-        let again_after = Some(Duration::ZERO);
-        let text = text.into();
-        Failure { text, again_after }
+        Failure {
+            again_after: Some(Duration::ZERO),
+            ..Failure::lasting(text)
+        }
     }
 
     /// One that stays.
     fn lasting(text: impl Into<String>) -> Failure {
-        let text = text.into();
         Failure {
-            text,
+            text: text.into(),
             again_after: None,
+            is_full: false,
         }
     }
 
@@ -235,7 +207,7 @@ impl From<ureq::Error> for Failure {
         match e {
             ureq::Error::Io(e) => e.into(),
             ureq::Error::StatusCode(code) if !may_pass(code) => Failure::lasting(text),
-            ureq::Error::Other(_) | ureq::Error::HostNotFound => Failure::lasting(text),
+            ureq::Error::Other(e) => Failure::lasting(e.to_string()),
             _ => Failure::passing(text),
         }
     }
@@ -247,58 +219,48 @@ impl From<io::Error> for Failure {
             return Failure::lasting(tls_words(e));
         }
 
-        let words = system_words(&e);
-        match e.kind() {
-            ErrorKind::NotFound | ErrorKind::InvalidInput => Failure::lasting(words),
-            ErrorKind::ConnectionRefused => Failure::passing(format!(
-                "{words}; does a server run there, and is the port right?"
-            )),
-            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof => {
-                let advice = "was the server, or a proxy before it, restarted?";
-                Failure::passing(format!("{words} without an answer; {advice}"))
+        Failure::passing(match e.kind() {
+            ErrorKind::ConnectionRefused => {
+                "connection refused; does a server run there, and is the port right?".into()
             }
-            _ => Failure::passing(words),
-        }
+            ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof => {
+                "the connection broke without an answer; was the server, or a proxy before it, \
+                 restarted?"
+                    .into()
+            }
+            ErrorKind::TimedOut => {
+                let secs = STEP_TIMEOUT.as_secs();
+                format!("no connection within {secs} s; is a firewall in the way?")
+            }
+            // What a limit on reading ends with.
+            ErrorKind::WouldBlock => {
+                let secs = ANSWER_TIMEOUT.as_secs();
+                format!("no answer within {secs} s; is that the right port?")
+            }
+            _ => system_words(&e),
+        })
     }
 }
 
 fn tls_words(e: &rustls::Error) -> String {
-    use CertificateError::*;
-    let e = match e {
-        rustls::Error::InvalidCertificate(e) => e,
-        rustls::Error::AlertReceived(alert) => {
-            return format!(
-                "the server refused TLS with the alert {alert:?}; does it want a client \
-                 certificate? There is none"
-            );
+    let untrusted = "the certificate is not trusted";
+    match e {
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => {
+            let own = match web::first_set(&web::AUTHORITIES) {
+                Some((name, path)) => format!("{name}={path} lacks its CA, or is not there"),
+                None => "if the CA is your own, set SSL_CERT_FILE to its certificate".into(),
+            };
+            format!(
+                "{untrusted}: unknown issuer; does the server send its intermediate \
+                 certificates? Otherwise, {own}"
+            )
         }
-        e => return format!("TLS failed: {e}; does that port speak TLS?"),
-    };
-    let cause = match e {
-        Expired | ExpiredContext { .. } => "it has expired".into(),
-        NotValidYet | NotValidYetContext { .. } => "it is not valid yet".into(),
-        NotValidForNameContext { expected, .. } => {
-            format!("it is for another name than {}", expected.to_str())
-        }
-        UnknownIssuer => unknown_issuer(),
-        e => e.to_string(),
-    };
-    format!("the certificate is not trusted: {cause}")
-}
-
-fn unknown_issuer() -> String {
-    let intermediates = "does the server send its intermediate certificates?";
-    match web::first_set(&web::AUTHORITIES) {
-        None => format!(
-            "unknown issuer; {intermediates} If the CA is your own, set SSL_CERT_FILE to its \
-             certificate"
+        rustls::Error::InvalidCertificate(e) => format!("{untrusted}: {e}"),
+        rustls::Error::AlertReceived(alert) => format!(
+            "the server refused TLS with the alert {alert:?}; does it want a client \
+             certificate? There is none"
         ),
-        Some((name, path)) if !Path::new(&path).exists() => {
-            format!("unknown issuer, and the file of {name} is not there: {path}")
-        }
-        Some((name, _)) => {
-            format!("unknown issuer, nor is it in the file of {name}; {intermediates}")
-        }
+        e => format!("TLS failed: {e}; does that port speak TLS?"),
     }
 }
 
@@ -313,45 +275,41 @@ fn connect(target: &Target, retry: Duration, queue: Duration) -> Result<Session,
     let mut pause = FIRST_PAUSE;
     let mut not_there_until = None;
     let mut full_until = None;
-    let mut next_reminder = Instant::now();
+    let mut next_line = Instant::now();
 
     loop {
         let start = Instant::now();
-        match attempt(target) {
-            Attempt::Opened(session) => return Ok(*session),
-            Attempt::Full(text) => {
-                not_there_until = None;
-                pause = FIRST_PAUSE;
-                let left = left_until(*full_until.get_or_insert(start + queue));
-                if left.is_zero() {
-                    return Err(text);
-                }
-                if next_reminder <= Instant::now() {
-                    next_reminder = Instant::now() + REMINDER;
-                    let left = left.as_secs_f64().ceil();
-                    say(&format!(
-                        "all sessions are in use; waiting for up to {left} s"
-                    ));
-                }
-                // It has kept us waiting, unless too many others wait.
-                let at_least = jittered(FULL_PAUSE).saturating_sub(start.elapsed());
-                thread::sleep(at_least.min(left));
-            }
-            Attempt::Failed(failure) => {
-                let is_first = not_there_until.is_none();
-                let left = left_until(*not_there_until.get_or_insert(start + retry));
-                let Some(at_least) = failure.again_after.filter(|_| !left.is_zero()) else {
-                    return Err(failure.text);
-                };
-                if is_first {
-                    let what = failure.text.split(';').next().unwrap_or_default();
-                    let left = left.as_secs_f64().ceil();
-                    say(&format!("{what}; trying again for up to {left} s"));
-                }
-                thread::sleep(at_least.saturating_add(jittered(pause)).min(left));
-                pause = LONGEST_PAUSE.min(pause * 2);
-            }
+        let failure = match token().and_then(|token| target.attempt(&token)) {
+            Ok(session) => return Ok(session),
+            Err(failure) => failure,
+        };
+        let (until, limit) = match failure.is_full {
+            true => (&mut full_until, queue),
+            false => (&mut not_there_until, retry),
+        };
+        if until.is_none() {
+            next_line = start;
         }
+        let left = left_until(*until.get_or_insert(start + limit));
+        let Some(at_least) = failure.again_after.filter(|_| !left.is_zero()) else {
+            return Err(failure.text);
+        };
+
+        if next_line <= Instant::now() {
+            next_line = Instant::now() + REMINDER;
+            let left = left.as_secs_f64().ceil();
+            let what = failure.text.split(';').next().unwrap_or_default();
+            say(&match failure.is_full {
+                true => format!("all sessions are in use; waiting for up to {left} s"),
+                false => format!("{what}; trying again for up to {left} s"),
+            });
+        }
+        if failure.is_full {
+            not_there_until = None;
+            pause = FIRST_PAUSE;
+        }
+        thread::sleep(at_least.saturating_add(jittered(pause)).min(left));
+        pause = LONGEST_PAUSE.min(pause * 2);
     }
 }
 
@@ -365,39 +323,25 @@ fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(0.5 + random)
 }
 
-fn attempt(target: &Target) -> Attempt {
-    match token() {
-        Ok(token) => target.attempt(&token).unwrap_or_else(Attempt::Failed),
-        Err(failure) => Attempt::Failed(failure),
-    }
-}
-
-/// The token for one attempt.
+/// The token for one attempt, without the end of its line.
 fn token() -> Result<String, Failure> {
-    if let Some(token) = variable(TOKEN) {
-        return checked(TOKEN, &token);
-    }
-    if variable(COMMAND).is_some() {
-        let token = run_token_command().map_err(|failure| failure.during(COMMAND))?;
-        return checked(COMMAND, &token);
-    }
-    if let (Some(url), Some(secret)) = (variable(ACTIONS_URL), variable(ACTIONS_SECRET)) {
-        let failed = |failure: Failure| failure.during(&format!("no token from {ACTIONS_URL}"));
-        let token = request_token(&url, secret.trim_end()).map_err(failed)?;
-        return checked(ACTIONS_URL, &token);
-    }
-    for name in TOKENS_OF_JOBS {
-        if let Some(token) = variable(name) {
-            return checked(name, &token);
-        }
-    }
-    Err(Failure::lasting(NO_TOKEN))
-}
+    let no_token = |source| {
+        let what = format!("no token from {source}");
+        move |failure: Failure| failure.during(&what)
+    };
+    let (source, token) = if let Some(token) = variable(TOKEN) {
+        (TOKEN, token)
+    } else if variable(COMMAND).is_some() {
+        (COMMAND, run_token_command().map_err(no_token(COMMAND))?)
+    } else if let (Some(url), Some(secret)) = (variable(ACTIONS_URL), variable(ACTIONS_SECRET)) {
+        let token = request_token(&url, secret.trim_end());
+        (ACTIONS_URL, token.map_err(no_token(ACTIONS_URL))?)
+    } else {
+        web::first_set(&TOKENS_OF_JOBS).ok_or_else(|| Failure::lasting(NO_TOKEN))?
+    };
 
-/// A token without the end of its line. Other characters could end the line of the header that
-/// it becomes, and begin another.
-fn checked(source: &str, token: &str) -> Result<String, Failure> {
     let token = token.trim_end_matches(['\r', '\n']);
+    // Others could end the line of the header that it becomes, and begin another.
     let belongs = |c: char| c.is_ascii_alphanumeric() || "._~+/=-".contains(c);
     if !token.is_empty() && token.chars().all(belongs) {
         return Ok(token.to_owned());
@@ -409,49 +353,36 @@ fn checked(source: &str, token: &str) -> Result<String, Failure> {
 }
 
 /// Runs the command that prints a token, and kills it if that takes too long. The shell takes it
-/// from the environment, because everybody can read an argument list.
+/// from the environment, because everybody can read an argument list. Its standard error is ours.
 fn run_token_command() -> Result<String, Failure> {
     let mut child = Command::new("sh")
         .args(["-c", &format!("eval \"${COMMAND}\"")])
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
         .process_group(0)
         .spawn()?;
     let group = Pid::from_child(&child);
-    let stdout = first_bytes(child.stdout.take())?;
-    let stderr = first_bytes(child.stderr.take())?;
+    let result = in_thread(move || {
+        let mut printed = Vec::new();
+        if let Some(stdout) = child.stdout.take() {
+            stdout.take(MAX_TOKEN_BYTES + 1).read_to_end(&mut printed)?;
+        }
+        child.wait().map(|status| (printed, status))
+    })?;
 
-    let deadline = Instant::now() + COMMAND_TIMEOUT;
-    let token = stdout.recv_timeout(COMMAND_TIMEOUT);
-    let errors = stderr.recv_timeout(left_until(deadline));
-    let status = in_thread(move || child.wait())?;
-    let status = status.recv_timeout(left_until(deadline));
-
-    let (Ok(token), Ok(errors), Ok(Ok(status))) = (token, errors, status) else {
+    let Ok(result) = result.recv_timeout(COMMAND_TIMEOUT) else {
         let _ = kill_process_group(group, Signal::KILL);
         let secs = COMMAND_TIMEOUT.as_secs();
         return Err(Failure::passing(format!("it did not end within {secs} s")));
     };
-    if token.len() as u64 > MAX_TOKEN_BYTES {
+    let (printed, status) = result?;
+    if printed.len() as u64 > MAX_TOKEN_BYTES {
         return Err(Failure::lasting("it printed more than 16 KiB"));
     }
     if !status.success() {
-        let text = with(&status.to_string(), &plain(&errors));
-        return Err(Failure::passing(text));
+        return Err(Failure::passing(format!("it ended with {status}")));
     }
-    Ok(token)
-}
-
-/// Reads what a program prints, up to a little more than a token.
-fn first_bytes(pipe: Option<impl Read + Send + 'static>) -> io::Result<mpsc::Receiver<String>> {
-    in_thread(move || {
-        let mut bytes = Vec::new();
-        if let Some(pipe) = pipe {
-            let _ = pipe.take(MAX_TOKEN_BYTES + 1).read_to_end(&mut bytes);
-        }
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
+    Ok(String::from_utf8_lossy(&printed).into_owned())
 }
 
 /// Asks for a token in the way of GitHub and Forgejo Actions.
@@ -479,28 +410,20 @@ fn in_thread<T: Send + 'static>(
     Ok(receiver)
 }
 
-/// The addresses of a host. `NotFound` means that there is no such name.
-fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
-    let name = host.trim_matches(['[', ']']).to_owned();
-    let found = in_thread(move || {
-        let hints = AddrInfoHints {
-            socktype: SockType::Stream.into(),
-            ..AddrInfoHints::default()
-        };
-        let found = getaddrinfo(Some(&name), None, Some(hints))?;
-        let address = |found: AddrInfo| SocketAddr::new(found.sockaddr.ip(), port);
-        Ok(found.flatten().map(address).collect())
-    })?;
-
+/// The addresses of a host. That there is no such name may pass as well: std does not tell it from
+/// name servers that fail.
+fn look_up(host: &str, port: u16) -> io::Result<vec::IntoIter<SocketAddr>> {
+    let place = (host.trim_matches(['[', ']']).to_owned(), port);
+    let found = in_thread(move || place.to_socket_addrs())?;
     let secs = LOOKUP_TIMEOUT.as_secs();
     let late = |_| io::Error::other(format!("no answer from the name servers within {secs} s"));
     let found = found.recv_timeout(LOOKUP_TIMEOUT).map_err(late)?;
-    found.map_err(|e: LookupError| match e.kind() {
-        LookupErrorKind::NoName | LookupErrorKind::NoData => {
-            let text = format!("cannot resolve {host}; is the name right?");
-            io::Error::new(ErrorKind::NotFound, text)
-        }
-        _ => io::Error::other(format!("cannot resolve {host}: the name servers fail")),
+    found.map_err(|e| {
+        let words = e.to_string().to_lowercase();
+        let words = words.rsplit(": ").next().unwrap_or_default();
+        io::Error::other(format!(
+            "cannot resolve {host}: {words}; is the name right?"
+        ))
     })
 }
 
@@ -508,31 +431,24 @@ fn look_up(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
 /// next is tried beside it.
 fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
     let (sender, answers) = mpsc::channel();
-    let mut failure = io::Error::from(ErrorKind::AddrNotAvailable);
+    let mut early = Vec::new();
     for address in look_up(host, port)? {
         let sender = sender.clone();
-        let connect = move || {
-            let _ = sender.send(TcpStream::connect_timeout(&address, STEP_TIMEOUT));
-        };
+        let connect = move || sender.send(TcpStream::connect_timeout(&address, STEP_TIMEOUT));
         thread::Builder::new().spawn(connect)?;
-        match answers.recv_timeout(HEAD_START) {
-            Ok(Ok(socket)) => return Ok(socket),
-            Ok(Err(e)) => failure = e,
-            Err(_) => {}
+        early.extend(answers.recv_timeout(HEAD_START));
+        if early.iter().any(Result::is_ok) {
+            break;
         }
     }
 
     drop(sender);
-    for answer in answers {
+    let mut failure = io::Error::from(ErrorKind::AddrNotAvailable);
+    for answer in early.into_iter().chain(answers) {
         match answer {
             Ok(socket) => return Ok(socket),
             Err(e) => failure = e,
         }
-    }
-    if failure.kind() == ErrorKind::TimedOut {
-        let secs = STEP_TIMEOUT.as_secs();
-        let text = format!("no connection within {secs} s; is a firewall in the way?");
-        failure = io::Error::new(ErrorKind::TimedOut, text);
     }
     Err(failure)
 }
@@ -597,7 +513,7 @@ impl Target {
         })
     }
 
-    fn attempt(&self, token: &str) -> Result<Attempt, Failure> {
+    fn attempt(&self, token: &str) -> Result<Session, Failure> {
         let place = match &self.proxy {
             None => format!("cannot reach {}", self.uri),
             Some(proxy) => {
@@ -605,10 +521,12 @@ impl Target {
                 format!("cannot reach {} through the proxy {host}:{port}", self.uri)
             }
         };
-        self.open(token).map_err(|failure| failure.during(&place))
+        self.open(token)
+            .unwrap_or_else(|failure| Err(failure.during(&place)))
     }
 
-    fn open(&self, token: &str) -> Result<Attempt, Failure> {
+    /// A session or a refusal. Fails if nothing answers.
+    fn open(&self, token: &str) -> Result<Result<Session, Failure>, Failure> {
         let socket = Arc::new(self.connect()?);
         let stream: Arc<dyn Stream> = match &self.tls {
             None => socket.clone(),
@@ -621,30 +539,31 @@ impl Target {
         let request = ClientRequestBuilder::new(self.uri.clone())
             .with_header("User-Agent", AGENT)
             .with_header("Authorization", format!("Bearer {token}"));
-        let what = ("answer", "is it a relay that listens there?");
-        within(ANSWER_TIMEOUT, &socket, what, || {
-            let limits = Some(copy::limits(READ_BYTES));
-            match client_with_config(request, half(true), limits) {
-                Ok((mut websocket, _)) => {
-                    websocket.get_mut().writes = false;
-                    Ok(Attempt::Opened(Box::new(Session {
-                        socket: socket.clone(),
-                        stream: stream.clone(),
-                        receiving: Receiving {
-                            websocket,
-                            may_hold_more: true,
-                        },
-                    })))
-                }
-                Err(HandshakeError::Failure(Error::Http(answer)))
-                    if !answer.status().is_informational() =>
-                {
-                    Ok(refusal(*answer, half(false)))
-                }
-                Err(HandshakeError::Failure(e)) => Err(no_handshake(e)),
-                Err(HandshakeError::Interrupted(_)) => Err(Failure::passing("no answer")),
+        let limits = Some(copy::limits(READ_BYTES));
+
+        match client_with_config(request, half(true), limits) {
+            Ok((mut websocket, _)) => {
+                websocket.get_mut().writes = false;
+                let receiving = Receiving {
+                    websocket,
+                    may_hold_more: true,
+                };
+                Ok(Ok(Session {
+                    socket,
+                    stream,
+                    receiving,
+                }))
             }
-        })
+            Err(HandshakeError::Failure(Error::Http(answer)))
+                if !answer.status().is_informational() =>
+            {
+                Ok(Err(refusal(*answer, half(false))))
+            }
+            Err(HandshakeError::Failure(e)) => Err(no_handshake(e)),
+            Err(HandshakeError::Interrupted(_)) => {
+                Err(io::Error::from(ErrorKind::WouldBlock).into())
+            }
+        }
     }
 
     fn shake_hands(
@@ -659,10 +578,7 @@ impl Target {
         // It should accept a frame whole.
         connection.set_buffer_limit(Some(copy::HEADER_BYTES + copy::CHUNK_BYTES));
 
-        let what = ("TLS handshake", "does that port speak TLS?");
-        within(STEP_TIMEOUT, socket, what, || {
-            Ok(connection.complete_io(&mut &**socket)?)
-        })?;
+        connection.complete_io(&mut &**socket)?;
         Ok(Tls {
             socket: socket.clone(),
             connection: Mutex::new(connection),
@@ -677,6 +593,7 @@ impl Target {
             Some(proxy) => dial(proxy.host(), proxy.port())?,
         };
         socket.set_nodelay(true)?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let Some(proxy) = proxy else {
             return Ok(socket);
         };
@@ -688,9 +605,7 @@ impl Target {
             let both = Base64::encode_to_string(both).unwrap_or_default();
             request += &format!("Proxy-Authorization: Basic {both}\r\n");
         }
-        let what = ("answer from the proxy", "is it one?");
-        let ask = || ask_proxy(&socket, &(request + "\r\n"));
-        within(ANSWER_TIMEOUT, &socket, what, ask)?;
+        ask_proxy(&socket, &(request + "\r\n"))?;
         Ok(socket)
     }
 }
@@ -735,34 +650,6 @@ impl Stream for Tls {
     }
 }
 
-/// Takes a step of a connection. If there is no result in time, ends the connection, and with it
-/// the step. `what` is the result that did not come, and `advice` what to look at then.
-fn within<T>(
-    limit: Duration,
-    socket: &TcpStream,
-    (what, advice): (&str, &str),
-    step: impl FnOnce() -> Result<T, Failure>,
-) -> Result<T, Failure> {
-    let (done, is_done) = mpsc::channel::<()>();
-    thread::scope(|scope| {
-        let watch = move || {
-            let is_late = is_done.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout);
-            if is_late {
-                let _ = socket.shutdown(Shutdown::Both);
-            }
-            is_late
-        };
-        let watch = thread::Builder::new().spawn_scoped(scope, watch)?;
-        let result = step();
-        drop(done);
-        let is_late = watch.join().unwrap_or(false);
-        result.map_err(|failure| match is_late {
-            true => Failure::passing(format!("no {what} within {} s; {advice}", limit.as_secs())),
-            false => failure,
-        })
-    })
-}
-
 /// Sends a request to a proxy. Reads nothing behind the head of its answer.
 fn ask_proxy(mut socket: &TcpStream, request: &str) -> Result<(), Failure> {
     socket.write_all(request.as_bytes())?;
@@ -783,9 +670,11 @@ fn ask_proxy(mut socket: &TcpStream, request: &str) -> Result<(), Failure> {
     if status.is_success() {
         return Ok(());
     }
-    let again_after = may_pass(status.as_u16()).then_some(Duration::ZERO);
     let text = format!("it refused: {}", in_words(status));
-    Err(Failure { text, again_after })
+    Err(match may_pass(status.as_u16()) {
+        true => Failure::passing(text),
+        false => Failure::lasting(text),
+    })
 }
 
 /// Trusts Mozilla's authorities, and those in SSL_CERT_FILE.
@@ -819,7 +708,7 @@ fn no_handshake(e: Error) -> Failure {
 
 /// What an answer means that is no WebSocket: a refusal by the relay, or a page by something in
 /// front of it.
-fn refusal(answer: Response<Option<Vec<u8>>>, wire: Half) -> Attempt {
+fn refusal(answer: Response<Option<Vec<u8>>>, wire: Half) -> Failure {
     let (head, body) = answer.into_parts();
     let (status, headers) = (head.status, &head.headers);
     let body = read_body(headers, body.unwrap_or_default(), wire);
@@ -837,14 +726,13 @@ fn refusal(answer: Response<Option<Vec<u8>>>, wire: Half) -> Attempt {
             in_words(status)
         ),
     };
-    if text_of(headers, "Nix-Relay-Queue") == "full" {
-        return Attempt::Full(text);
-    }
-
     let wait = text_of(headers, header::RETRY_AFTER).parse();
     let wait = Duration::from_secs(wait.unwrap_or_default());
-    let again_after = may_pass(status.as_u16()).then_some(wait);
-    Attempt::Failed(Failure { text, again_after })
+    Failure {
+        text,
+        again_after: may_pass(status.as_u16()).then_some(wait),
+        is_full: text_of(headers, "Nix-Relay-Queue") == "full",
+    }
 }
 
 /// The body of an answer, or as much of it as arrives, after what has arrived already.
@@ -884,24 +772,22 @@ fn with(what: &str, detail: &str) -> String {
     }
 }
 
-/// What a system error says, without its number.
+/// What the system says of an error, without its number.
 fn system_words(e: &io::Error) -> String {
-    match e.kind() {
-        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => "connection reset".into(),
-        ErrorKind::UnexpectedEof => "the connection was closed".into(),
-        _ => {
-            let words = e.to_string().to_lowercase();
-            words.split(" (os error").next().unwrap_or_default().into()
-        }
-    }
-}
-/// Returns None if the variable is unset or empty.
-fn variable(name: &str) -> Option<String> {
-    let value = env::var_os(name).filter(|value| !value.is_empty())?;
-    Some(value.to_string_lossy().into_owned())
+    let words = e.to_string().to_lowercase();
+    words
+        .split(" (os error")
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
-fn seconds(name: &str, default: u32) -> Result<u32, String> {
+/// Returns None if the variable is unset or empty.
+fn variable(name: &'static str) -> Option<String> {
+    Some(web::first_set(&[name])?.1)
+}
+
+fn seconds(name: &'static str, default: u32) -> Result<u32, String> {
     let value = variable(name).unwrap_or(default.to_string());
     let invalid = |_| format!("{name} must be a whole number of seconds (it is '{value}')");
     value.parse().map_err(invalid)
