@@ -3362,11 +3362,12 @@ mod web {
         let domain = entry
             .trim_matches(['[', ']', '*', '.'])
             .to_ascii_lowercase();
-        if let (Ok(network), Ok(address)) = (domain.parse::<IpInet>(), host.parse()) {
-            return network.contains(&address);
-        }
         let below = host.strip_suffix(&domain).filter(|_| !domain.is_empty());
-        entry == "*" || below.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        entry == "*"
+            || match (host.parse(), domain.parse::<IpInet>()) {
+                (Ok(address), network) => network.is_ok_and(|net| net.contains(&address)),
+                _ => below.is_some_and(|rest| rest.is_empty() || rest.ends_with('.')),
+            }
     }
 
     /// Fails with a message if authorities or a proxy in the environment cannot be used.
