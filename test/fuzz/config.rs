@@ -21,7 +21,7 @@ mod target {
     /// What the configuration is when the file holds this.
     fn load(text: impl AsRef<[u8]>) -> Result<String, String> {
         std::fs::write(&*FILE, text).unwrap();
-        config::load(Some(&FILE)).map(|(_, effective)| effective)
+        config::load(FILE.to_str()).map(|config| config.effective)
     }
 
     fuzz_target!(|text: &[u8]| {

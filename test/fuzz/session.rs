@@ -32,7 +32,7 @@ mod target {
             "[auth]\nallowed_org = \"x\"\n[daemon]\nnix_daemon_path = \"cat\"",
         )
         .unwrap();
-        let config = config::load(Some(&file)).unwrap().0;
+        let config = config::load(file.to_str()).unwrap();
         fs::remove_file(file).unwrap();
         Stage {
             config,
