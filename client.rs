@@ -143,7 +143,7 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
     let end = link.end.get().cloned().unwrap_or(copy::FAILED);
     let all_sent = link.all_sent.load(Relaxed);
     // A Close of ours comes after all that is sent.
-    if !all_sent && matches!(end.reason, Reason::Closed | Reason::ProtocolError) {
+    if !all_sent && end.reason != Reason::Gone {
         link.close(end.code, &end.detail, CLOSE_TIMEOUT);
     }
     Ok((end, all_sent))

@@ -1073,7 +1073,7 @@ fn what_no_relay_may_send() {
         ),
         (
             b"\x83\x00",
-            "the session broke off: Encountered invalid opcode: 3",
+            "the session broke off: WebSocket protocol error: Encountered invalid opcode: 3",
             1002,
         ),
     ] {
