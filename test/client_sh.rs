@@ -580,21 +580,6 @@ fn a_full_relay_is_waited_for() {
     assert_eq!(fs::read_to_string(home.path("asked")).unwrap(), "x\nx\n");
 }
 
-#[test]
-fn a_relay_that_stays_full_is_not_waited_for_any_longer() {
-    let home = Dir::new();
-    let mut command = client_at(answering(FULL), &home);
-    let (status, _, log) = run(command.env("NIX_RELAY_QUEUE_SECS", "4"));
-    assert_eq!(status, Some(1));
-    let lines: Vec<&str> = log.lines().collect();
-    assert_eq!(lines.len(), 2, "{log}");
-    assert!(lines[0].contains("waiting for up to "), "{log}");
-    assert_eq!(lines[1], "nix-relay-client: the relay refused: 503: full");
-    let refused = FULL.replace("Nix-Relay-Queue: full\r\n", "");
-    let line = failure(&mut client_at(answering(refused), &home));
-    assert_eq!(line, "the relay refused: 503: full");
-}
-
 /// No process is left that would take a session for a Nix that is gone.
 #[test]
 fn waiting_ends_with_nix() {
@@ -618,71 +603,6 @@ fn rewrapped(command: &mut Command, script: &str) -> Command {
         other.env(name, value.unwrap());
     }
     other
-}
-
-#[test]
-fn a_token_of_a_command() {
-    let issuer = Issuer::start();
-    let home = Dir::new();
-    let relay = Relay::start(&issuer);
-    let file = home.write("token", &issuer.token_with(json!({"sub": "file"})));
-    let mut command = client(&relay, &home);
-    command.env("GITLAB_OIDC_TOKEN", issuer.token());
-    command.env("FILE", file).env("LENGTH", "16385");
-    let with = "NIX_RELAY_TOKEN_COMMAND";
-    assert_eq!(who(&relay, command.env(with, "cat $FILE; echo")), "file");
-    // It may need what is taken from the others' environment.
-    command.env("CIRCLE_OIDC_TOKEN_V2", issuer.token());
-    who(&relay, command.env(with, "printenv CIRCLE_OIDC_TOKEN_V2"));
-
-    let output = command.env(with, "echo why >&2; exit 3").output().unwrap();
-    let (_, log) = texts(&output);
-    let ended = "nix-relay-client: no token from NIX_RELAY_TOKEN_COMMAND: it ended with status 3\n";
-    assert_eq!(log, format!("why\n{ended}"));
-    let too_long = failure(command.env(with, "head -c $LENGTH /dev/zero | tr '\\0' x"));
-    assert!(too_long.contains("16 KiB"), "{too_long}");
-    let none = failure(command.env(with, "true"));
-    assert!(none.contains("invalid characters"), "{none}");
-}
-
-/// And what it has started.
-#[test]
-fn a_command_that_does_not_end() {
-    let home = Dir::new();
-    let nobody = answering("");
-    let mut command = client_at(nobody, &home);
-    command.env_remove("NIX_RELAY_TOKEN");
-    command.env("NIX_RELAY_TOKEN_COMMAND", "echo token; sleep 600; true");
-    let line = failure(&mut command);
-    assert!(line.ends_with(" it did not end within 30 s"), "{line}");
-    let home = format!("HOME={}", home.path("").display());
-    eventually("it is gone", LIMIT, || !anyone_with(&home));
-}
-
-/// A secret that would go in the clear, even with a name that looks like this machine's.
-#[test]
-fn a_token_endpoint_without_tls() {
-    let home = Dir::new();
-    let mut command = client_at(answering(""), &home);
-    command.env_remove("NIX_RELAY_TOKEN");
-    command.env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "secret");
-    for place in [
-        "http://issuer.invalid",
-        "http://127.0.0.1.issuer.invalid/",
-        "http://localhost@issuer.invalid",
-        "http://localhost:x@issuer.invalid",
-        "ftp://localhost",
-        "localhost",
-    ] {
-        let line = failure(command.env("ACTIONS_ID_TOKEN_REQUEST_URL", place));
-        assert!(line.contains("https://"), "{place}: {line}");
-    }
-    // Here it is for this machine alone, whatever proxy there is.
-    let issuer = Issuer::start();
-    let relay = Relay::start(&issuer);
-    let mut command = client(&relay, &home);
-    command.envs(token_variables(&issuer));
-    who(&relay, command.env("http_proxy", "http://127.0.0.1:1"));
 }
 
 /// A directory with nothing in it but these programs, as PATH.
@@ -733,34 +653,4 @@ fn nothing_but_busybox() {
     who(&relay, command);
     let home = format!("HOME={}", home.path("").display());
     eventually("nothing is left", LIMIT, || !anyone_with(&home));
-}
-
-/// What a relay still sends when the client has closed, and how it ends.
-#[test]
-fn what_is_on_its_way_when_the_input_ends() {
-    let home = Dir::new();
-    for (code, expected) in [(1000_u16, 0), (1011, 1)] {
-        let address = session(move |socket| {
-            let stream = socket.get_mut();
-            // Frames of websocat are short here: a byte for the kind, one for the length, and a mask.
-            let mut head = [0; 6];
-            while head[0] != 0x88 {
-                stream.read_exact(&mut head).unwrap();
-                let length = (head[1] & 0x7f).into();
-                stream.read_exact(&mut vec![0; length]).unwrap();
-            }
-            for _ in 0..3 {
-                stream.write_all(&[0x82, 127]).unwrap();
-                stream.write_all(&1_000_000_u64.to_be_bytes()).unwrap();
-                stream.write_all(&[b'x'; 1_000_000]).unwrap();
-            }
-            let code = code.to_be_bytes();
-            stream.write_all(&[0x88, 2, code[0], code[1]]).unwrap();
-            let _ = stream.read_to_end(&mut vec![]);
-        });
-        let mut command = client_at(address, &home);
-        let output = command.output().unwrap();
-        assert_eq!(output.stdout.len(), 3_000_000, "{:?}", texts(&output).1);
-        assert_eq!(output.status.code(), Some(expected));
-    }
 }

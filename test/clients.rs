@@ -301,3 +301,123 @@ fn a_warning_without_tls() {
         }
     }
 }
+
+const COMMAND: &str = "NIX_RELAY_TOKEN_COMMAND";
+
+#[test]
+fn a_token_of_a_command() {
+    let issuer = Issuer::start();
+    let home = Dir::new();
+    let relay = Relay::start(&issuer);
+    let file = home.write("token", &issuer.token_with(json!({"sub": "file"})));
+    let circle = issuer.token_with(json!({"sub": "circle"}));
+    for (number, mut command) in clients(&home, &url(&relay)).into_iter().enumerate() {
+        command.env(GITLAB, issuer.token()).env("FILE", &file);
+        command.env(COMMAND, "cat $FILE; echo");
+        assert_eq!(who(&relay, 2 * number + 1, &mut command), "file");
+        // It may need what is a secret of the job's.
+        command.env(CIRCLE, &circle);
+        command.env(COMMAND, format!("printenv {CIRCLE}"));
+        assert_eq!(who(&relay, 2 * number + 2, &mut command), "circle");
+        let output = command.env(COMMAND, "echo why >&2; exit 3").output();
+        let (_, log) = texts(&output.unwrap());
+        let ended = format!("no token from {COMMAND}: it ended with ");
+        assert!(log.starts_with("why\n") && log.contains(&ended), "{log}");
+    }
+    let too_long = "head -c 17000 /dev/zero | tr '\\0' x";
+    let place = "ws://127.0.0.1:1";
+    both_fail(&home, place, &[(COMMAND, too_long)], &[COMMAND, "16 KiB"]);
+    both_fail(&home, place, &[(COMMAND, "true")], &[COMMAND, "invalid"]);
+}
+
+/// And what it has started.
+#[test]
+fn a_command_that_does_not_end() {
+    let home = Dir::new();
+    let endless = [(COMMAND, "echo token; sleep 600; true")];
+    let words = [COMMAND, "it did not end within 30 s"];
+    both_fail(&home, "ws://127.0.0.1:1", &endless, &words);
+    let home = format!("HOME={}", home.path("").display());
+    eventually("it is gone", LIMIT, || !anyone_with(&home));
+}
+
+/// A secret that would go in the clear, even with a name that looks like this machine's.
+#[test]
+fn a_token_endpoint_without_tls() {
+    let home = Dir::new();
+    for place in [
+        "http://issuer.invalid",
+        "http://127.0.0.1.issuer.invalid/",
+        "http://localhost@issuer.invalid",
+        "http://localhost:x@issuer.invalid",
+        "ftp://localhost",
+        "localhost",
+    ] {
+        for mut command in clients(&home, "ws://127.0.0.1:1") {
+            command.env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "hidden");
+            let line = failure(command.env(ACTIONS, place));
+            let is_refused = line.contains(ACTIONS) && line.contains("https");
+            assert!(is_refused && !line.contains("hidden"), "{line}");
+        }
+    }
+    // Here it is for this machine alone, whatever proxy there is.
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    for (number, mut command) in clients(&home, &url(&relay)).into_iter().enumerate() {
+        command.envs(token_variables(&issuer));
+        command.env("http_proxy", "http://127.0.0.1:1");
+        who(&relay, number + 1, &mut command);
+    }
+}
+
+#[test]
+fn a_full_relay_is_not_waited_for_any_longer() {
+    let home = Dir::new();
+    let full = "HTTP/1.1 503 Service Unavailable\r\nNix-Relay-Queue: full\r\nRetry-After: 2\r\n\
+                Content-Type: text/plain\r\nContent-Length: 5\r\n\r\nfull\n";
+    for mut command in clients(&home, &answering(full)) {
+        command.env(TOKEN, "token").env("NIX_RELAY_QUEUE_SECS", "4");
+        let output = command.stdin(Stdio::piped()).output().unwrap();
+        let (_, log) = texts(&output);
+        assert_eq!((output.status.code(), log.lines().count()), (Some(1), 2));
+        assert!(log.contains("all sessions are in use; waiting for up to "));
+        assert!(log.ends_with(": the relay refused: 503: full\n"), "{log}");
+    }
+}
+
+/// What a relay still sends when the client has closed, and how it ends.
+#[test]
+fn what_is_on_its_way_when_the_input_ends() {
+    let home = Dir::new();
+    for (code, expected) in [(1000_u16, 0), (1011, 1)] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("ws://{}", listener.local_addr().unwrap());
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let mut socket = accept(stream).unwrap();
+                let stream = socket.get_mut();
+                // Their frames are short here: a byte for the kind, one for the length, and a mask.
+                let mut head = [0; 6];
+                while head[0] != 0x88 {
+                    stream.read_exact(&mut head).unwrap();
+                    let length = (head[1] & 0x7f).into();
+                    stream.read_exact(&mut vec![0; length]).unwrap();
+                }
+                for _ in 0..3 {
+                    stream.write_all(&[0x82, 127]).unwrap();
+                    stream.write_all(&1_000_000_u64.to_be_bytes()).unwrap();
+                    stream.write_all(&[b'x'; 1_000_000]).unwrap();
+                }
+                let code = code.to_be_bytes();
+                stream.write_all(&[0x88, 2, code[0], code[1]]).unwrap();
+                let _ = stream.read_to_end(&mut vec![]);
+            }
+        });
+        for mut command in clients(&home, &url) {
+            command.env(TOKEN, "token").stdin(Stdio::null());
+            let output = command.output().unwrap();
+            assert_eq!(output.stdout.len(), 3_000_000, "{:?}", texts(&output).1);
+            assert_eq!(output.status.code(), Some(expected));
+        }
+    }
+}
