@@ -2166,12 +2166,12 @@ mod copy {
 
         /// What the child of a relay still says is sent to a client that has closed.
         fn note_close(&self, frame: Option<CloseFrame>) {
-            let (code, reason) = frame.map(|frame| (frame.code, frame.reason)).unzip();
-            let reason = reason.unwrap_or_default().to_string();
-            self.set_end(End::new(Reason::Closed, code, reason));
             if self.role == Role::Client {
                 self.over.set();
             }
+            let (code, reason) = frame.map(|frame| (frame.code, frame.reason)).unzip();
+            let reason = reason.unwrap_or_default().to_string();
+            self.set_end(End::new(Reason::Closed, code, reason));
         }
 
         /// Waits for more from the peer, and meanwhile sends a pong that is still due.
