@@ -139,13 +139,16 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
             let until = keepalive.check(&link);
             poll::ready([link.over.poll_fd()], until);
         }
+        // A Close of ours comes after all that is sent.
+        if let Some(end) = link.end.get()
+            && end.reason != Reason::Gone
+            && !link.all_sent.load(Relaxed)
+        {
+            link.close(end.code, &end.detail, CLOSE_TIMEOUT);
+        }
     })?;
     let end = link.end.get().cloned().unwrap_or(copy::FAILED);
     let all_sent = link.all_sent.load(Relaxed);
-    // A Close of ours comes after all that is sent.
-    if !all_sent && end.reason != Reason::Gone {
-        link.close(end.code, &end.detail, CLOSE_TIMEOUT);
-    }
     Ok((end, all_sent))
 }
 

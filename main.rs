@@ -3,7 +3,7 @@
 //! which a reader needs them, and each one uses only those below it:
 //!
 //! ```text
-//!  accept ─► http ─► oidc ─► policy ─► permit ─► session ───────────► end
+//!  accept ─► http ─► oidc ─► policy ─► permit ─► session ─────────► end
 //!            head    who is  may       may they  nix-daemon spawned,  child reaped, permit
 //!            in      it?     they?     now?      101, bytes both ways back, one log line
 //!            └── an answer of one line where a step says no ──┘
@@ -164,9 +164,9 @@ fn serve(config: Config, issuers: Issuers) -> io::Result<()> {
     }
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     info!("shutting down grace_secs={}", grace.as_secs());
-    relay.wait_for_guests(grace, || relay.closing.is_set());
+    relay.wait_for_guests(grace);
     relay.closing.set();
-    let left = relay.wait_for_guests(SHUTDOWN_TIMEOUT, || false);
+    let left = relay.wait_for_guests(SHUTDOWN_TIMEOUT);
     info!("shut down connections_left={left}");
     Ok(())
 }
@@ -185,10 +185,7 @@ fn watch_signals(relay: Arc<Relay>) -> io::Result<()> {
 
 /// Everything that we listen on.
 fn ports(server: &Server) -> io::Result<Vec<Arc<Port>>> {
-    let passed = passed_listeners()?.into_iter();
-    let mut ports: Vec<_> = passed
-        .map(|socket| Port::new(socket, Kind::Passed))
-        .collect();
+    let mut ports = passed_ports()?;
     if ports.is_empty() {
         ports.push(Port::new(listen(&server.listen)?, Kind::Relay));
     }
@@ -208,18 +205,18 @@ fn listen(address: &str) -> io::Result<TcpListener> {
 
 /// The sockets that systemd listens on for us, if it does (sd_listen_fds(3)). Fails if one of
 /// them is something else.
-fn passed_listeners() -> io::Result<Vec<TcpListener>> {
+fn passed_ports() -> io::Result<Vec<Arc<Port>>> {
     let mut passed = listenfd::ListenFd::from_env();
-    let mut listeners = Vec::new();
+    let mut ports = Vec::new();
     for index in 0..passed.len() {
         let socket = passed.take_tcp_listener(index).ok().flatten();
         let listener = socket.filter(|socket| socket_acceptconn(socket) == Ok(true));
         let listener = listener.ok_or_else(|| io::Error::other(EXPECTED_FDS))?;
         listener.set_nonblocking(false)?;
         fcntl_setfd(&listener, FdFlags::CLOEXEC)?;
-        listeners.push(listener);
+        ports.push(Port::new(listener, Kind::Passed));
     }
-    Ok(listeners)
+    Ok(ports)
 }
 
 const EXPECTED_FDS: &str =
@@ -261,8 +258,9 @@ mod connection {
         /metrics of server.admin_listen";
     const MAX_LOBBY: usize = 256;
     const MAX_QUEUE: u64 = 64;
-    /// How long a token may wait for its issuer's keys.
-    const KEYS_TIMEOUT: Duration = Duration::from_secs(10);
+    /// How long a token may wait for its issuer's keys. With `queue_timeout_secs` after that, a
+    /// client has its answer within 40 seconds.
+    const KEYS_TIMEOUT: Duration = Duration::from_secs(8);
     /// How long sending an answer may take. Any socket has room for one.
     const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
     /// How long a client may take to read its answer.
@@ -270,7 +268,7 @@ mod connection {
     /// How long to wait before trying again when descriptors or threads have run out.
     const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
     /// How often to look for a seat in a full lobby. Somebody who must go does so at once.
-    const LOBBY_CHECK: Duration = Duration::from_millis(1);
+    const LOBBY_CHECK: Duration = Duration::from_millis(2);
     /// How often to look whether the guests have left, while we drain.
     const GUESTS_CHECK: Duration = Duration::from_millis(20);
 
@@ -323,13 +321,15 @@ mod connection {
             self.draining.set();
         }
 
-        /// Waits until no guest is left, but at most for `limit`, and not once it is cut short.
-        /// Returns how many guests are left.
-        pub fn wait_for_guests(&self, limit: Duration, is_cut_short: impl Fn() -> bool) -> usize {
+        /// Waits until no guest is left, or until the sessions must end (if they need not yet),
+        /// but at most for `limit`. Returns how many guests are left.
+        pub fn wait_for_guests(&self, limit: Duration) -> usize {
             let until = Instant::now() + limit;
+            let was_closing = self.closing.is_set();
             loop {
                 let guests = Arc::strong_count(&self.guests) - 1;
-                if guests == 0 || is_cut_short() || Instant::now() >= until {
+                let is_over = Instant::now() >= until || self.closing.is_set() != was_closing;
+                if guests == 0 || is_over {
                     return guests;
                 }
                 thread::sleep(GUESTS_CHECK);
@@ -345,8 +345,8 @@ mod connection {
             "relay"
         };
         info!("{name} listening address={}", port.listener.local_addr()?);
-        let thread = thread::Builder::new().name("accept".into());
-        thread.spawn(|| port.accept(relay)).map(drop)
+        let accepting = thread::Builder::new().spawn(|| port.accept(relay));
+        accepting.map(drop)
     }
 
     #[derive(Clone, Copy, PartialEq)]
@@ -384,7 +384,7 @@ mod connection {
         /// Hands every connection to a thread of its own. Returns only with a listener that was
         /// passed to us, once we drain.
         fn accept(self: Arc<Port>, relay: Arc<Relay>) {
-            for number in 1.. {
+            for number in 1_u64.. {
                 if self.kind == Kind::Passed {
                     let connection = PollFd::new(&self.listener, PollFlags::IN);
                     poll::ready([connection, relay.draining.poll_fd()], None);
@@ -815,9 +815,7 @@ mod oidc {
     const MAX_KEY_AGE: Duration = Duration::from_secs(24 * 3600);
     /// How long after a failure to try again if no token asks.
     const RETRY_PAUSE: Duration = Duration::from_secs(30);
-    /// Tokens may ask for so many fetches at once, and for one more each time this has passed:
-    /// anybody can write a token that asks.
-    const FETCHES_AT_ONCE: u32 = 2;
+    /// The least time between two fetches that tokens ask for: anybody can write one that does.
     const FETCH_INTERVAL: Duration = Duration::from_secs(3);
     /// How often to read a key file.
     const FILE_CHECK: Duration = Duration::from_secs(5);
@@ -883,20 +881,12 @@ mod oidc {
         claims: Value,
     }
 
-    /// Those of `Key::parse`. No key could verify another.
-    const ALGORITHMS: [&str; 9] = [
-        "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA",
-    ];
-
     impl Token<'_> {
         fn parse(text: &str) -> Result<Token<'_>, String> {
             let mut parts = text.split('.').map_while(object);
             let (Some(header), Some(claims)) = (parts.next(), parts.next()) else {
                 return Err("it is not a signed JSON Web Token".into());
             };
-            if !ALGORITHMS.iter().any(|known| header["alg"] == **known) {
-                return Err("no matching key: this relay does not know its alg".into());
-            }
             if header.get("crit").is_some() {
                 return Err("it has a critical extension, and this relay knows none".into());
             }
@@ -1020,8 +1010,7 @@ mod oidc {
         pub fn start(&self) -> io::Result<()> {
             for issuer in &self.0 {
                 let issuer = issuer.clone();
-                let thread = thread::Builder::new().name("keys".into());
-                thread.spawn(move || issuer.keep_fresh())?;
+                thread::Builder::new().spawn(move || issuer.keep_fresh())?;
             }
             Ok(())
         }
@@ -1035,6 +1024,8 @@ mod oidc {
             let unknown = "its issuer is not one that this relay trusts";
             let issuer = issuer.ok_or_else(|| invalid_token(unknown))?;
 
+            // First, so that the keys are no older than what is known of the latest fetch.
+            let latest = lock(&issuer.cache).latest;
             match issuer.check(&token) {
                 Ok(()) => Ok(Verdict::Verified(Identity {
                     issuer: issuer.url.clone(),
@@ -1042,7 +1033,8 @@ mod oidc {
                 })),
                 Err(Rejection::Final(why)) => Err(invalid_token(&why)),
                 Err(Rejection::WithTheseKeys(why)) => {
-                    issuer.ask(&why, came).map(Verdict::NeedsKeys)
+                    let fetched = latest.filter(|(begun, _)| *begun >= came);
+                    issuer.ask(&why, fetched).map(Verdict::NeedsKeys)
                 }
             }
         }
@@ -1066,16 +1058,19 @@ mod oidc {
         wanted: Event,
     }
 
+    /// When a fetch began, and whether it worked.
+    type Fetch = (Instant, bool);
+
     #[derive(Default)]
     struct Cache {
         /// The keys, and when the fetch began that brought them.
         keys: Option<(Instant, Arc<Vec<Key>>)>,
-        /// When the latest fetch that has ended began, and whether it worked.
-        latest: Option<(Instant, bool)>,
+        /// The latest fetch that has ended.
+        latest: Option<Fetch>,
         /// Set at the end of the next fetch. None if no token waits for one.
         next: Option<Arc<Event>>,
-        /// Up to when the fetches that tokens have asked for use up what they may.
-        used_until: Option<Instant>,
+        /// When tokens may ask for another fetch.
+        free_at: Option<Instant>,
     }
 
     impl Issuer {
@@ -1121,32 +1116,27 @@ mod oidc {
             Err(rejection)
         }
 
-        /// Asks for newer keys, because of why a token that came at this moment does not verify.
-        /// Answers 401 if a fetch has begun since then, and 503 if that did not work, if too many
-        /// wait, or if tokens have asked too often.
-        fn ask(&self, why: &str, came: Instant) -> Result<KeyWait<'_>, Answer> {
-            let mut cache = lock(&self.cache);
-            if let Some((begun, has_worked)) = cache.latest
-                && begun >= came
-            {
-                return Err(match has_worked {
-                    true => invalid_token(why),
-                    false => no_keys("they could not be fetched"),
-                });
+        /// Asks for newer keys, because of why a token does not verify. Answers 401 if it has been
+        /// checked with keys of a fetch that began after it came (`fetched`), and 503 if that fetch
+        /// did not work, if too many wait, or if tokens have asked too often.
+        fn ask(&self, why: &str, fetched: Option<Fetch>) -> Result<KeyWait<'_>, Answer> {
+            match fetched {
+                Some((_, true)) => return Err(invalid_token(why)),
+                Some((_, false)) => return Err(no_keys("they could not be fetched")),
+                None => {}
             }
 
+            let mut cache = lock(&self.cache);
             let too_many = || no_keys("too many wait for them already");
             let _place = self.waiting.enter(MAX_WAITING).ok_or_else(too_many)?;
             let fetched = match cache.next.clone() {
                 Some(next) => next,
                 None => {
                     let now = Instant::now();
-                    let used_until = cache.used_until.map_or(now, |until| until.max(now));
-                    let used_until = used_until + FETCH_INTERVAL;
-                    if used_until > now + FETCH_INTERVAL * FETCHES_AT_ONCE {
+                    if cache.free_at.is_some_and(|free_at| now < free_at) {
                         return Err(no_keys("they were asked for a moment ago"));
                     }
-                    cache.used_until = Some(used_until);
+                    cache.free_at = Some(now + FETCH_INTERVAL);
                     self.wanted.set();
                     cache
                         .next
@@ -1194,6 +1184,9 @@ mod oidc {
                     quoted(&e)
                 ),
             }
+            // A fetch that began before tokens asked for one is none of theirs.
+            let is_theirs = |free_at: &Instant| begun + FETCH_INTERVAL >= *free_at;
+            cache.free_at = cache.free_at.filter(is_theirs);
             self.wanted.reset();
             if let Some(next) = cache.next.take() {
                 next.set();
@@ -1325,9 +1318,9 @@ mod session {
         "timed-out",
     ];
 
-    /// How a child is ended when its session is over. Its standard input is closed first, which
-    /// makes nix-daemon cancel its builds and release its locks; then it is sent these signals,
-    /// each after so many seconds.
+    /// How a child is ended when its session is over. Its standard input is closed first, unless
+    /// it has closed its output itself; that makes nix-daemon cancel its builds and release its
+    /// locks. Then its group gets these signals, each after this many seconds.
     const STEPS: [(u64, Signal); 2] = [(10, Signal::TERM), (5, Signal::KILL)];
     /// How long that may take.
     pub const TERMINATION_TIME: Duration = Duration::from_secs(STEPS[0].0 + STEPS[1].0);
@@ -1381,13 +1374,7 @@ mod session {
         })?;
         drop(daemon.stdout);
         let end = link.end.get().cloned().unwrap_or(copy::FAILED);
-        let exit = exit.unwrap_or_else(|| {
-            // It did not end in order.
-            if end.reason != Reason::Gone {
-                link.close(end.code, &end.detail, CLOSE_TIMEOUT);
-            }
-            session.terminate()
-        });
+        let exit = exit.unwrap_or_else(|| session.terminate());
 
         session.report(&end, &exit);
         drop(active);
@@ -1408,31 +1395,37 @@ mod session {
     }
 
     impl Session<'_> {
-        /// Returns when the session is over. If it ended in order, its child has been terminated
-        /// by then, and the client has got all of the output and a Close.
+        /// Returns when the session is over, and the client has got a Close, if it is there. If
+        /// the session was not broken off (`over`), the child has been reaped by then, and the
+        /// client has got all of its output.
         fn supervise(&mut self) -> Option<Exit> {
             while self.link.end.get().is_none() && !self.link.all_sent.load(Relaxed) {
                 self.wait(None);
             }
-            if self.link.over.is_set() {
-                return None;
-            }
-
-            // The client has closed, or the child's output has ended.
-            let exit = self.terminate();
+            // If nothing broke it off, the client has closed, or the child's output has ended.
+            let exit = (!self.link.over.is_set()).then(|| self.terminate());
+            // The client has its time from now on.
+            self.link.note_alive();
             while !self.link.over.is_set() && !self.link.all_sent.load(Relaxed) {
                 self.wait(None);
             }
-            if !self.link.over.is_set() {
-                self.link.set_end(exit.end.clone());
-                let code = match (self.link.end.get(), exit.end.code) {
+
+            if let Some(Exit { end: own, .. }) = &exit
+                && !self.link.over.is_set()
+            {
+                self.link.set_end(own.clone());
+                let code = match (self.link.end.get(), own.code) {
                     // A client's code is answered with the same one (RFC 6455, section 5.5.1).
                     (Some(end), Some(CloseCode::Normal)) => end.code,
                     (_, code) => code,
                 };
-                self.link.close(code, &exit.end.detail, TAIL_TIMEOUT);
+                self.link.close(code, &own.detail, TAIL_TIMEOUT);
+            } else if let Some(end) = self.link.end.get()
+                && end.reason != Reason::Gone
+            {
+                self.link.close(end.code, &end.detail, CLOSE_TIMEOUT);
             }
-            Some(exit)
+            exit
         }
 
         /// Waits for something to happen, and sees to it. Waits for the child alone if a step of
@@ -1700,7 +1693,7 @@ mod copy {
     use rustix::rand::{GetRandomFlags, getrandom};
     use std::borrow::Cow;
     use std::io::{self, ErrorKind, Read, Write};
-    use std::net::TcpStream;
+    use std::net::{Shutdown, TcpStream};
     use std::ops::Range;
     use std::os::fd::{AsFd, BorrowedFd};
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -1889,9 +1882,9 @@ mod copy {
         unsent: Range<usize>,
         /// Whether the socket has accepted some of it since the last step.
         has_progressed: bool,
-        /// A control frame to be sent after that one. Of several that wait, only the last is sent:
-        /// of pings, only the last is answered (RFC 6455, section 5.5.3), and nothing comes after
-        /// a Close.
+        /// A control frame to be sent after that one. Of several that wait only the last is sent:
+        /// of several pings, only the last need be answered (RFC 6455, section 5.5.3). But a Close
+        /// stays.
         control: Option<(Control, Bytes)>,
     }
 
@@ -2056,9 +2049,8 @@ mod copy {
 
         /// The half that reads, where `rest` came after the peer's head.
         pub fn receiving(&self, rest: Vec<u8>) -> Receiving {
-            let stream = self.stream.clone();
             let half = Half {
-                stream,
+                stream: self.stream.clone(),
                 writes: false,
             };
             let limits = Some(limits(READ_BYTES));
@@ -2069,7 +2061,7 @@ mod copy {
         }
 
         /// Sends `head` and copies both ways, while `supervise` waits for the session to be over.
-        /// Fails before anything is sent if there are no threads.
+        /// Then the connection is closed. Fails before anything is sent if there are no threads.
         pub fn run<S: AsFd + Send>(
             &self,
             head: &[u8],
@@ -2093,6 +2085,9 @@ mod copy {
 
                 supervise();
                 self.over.set();
+                // tungstenite's `read` returns only with a message, which need not come while the
+                // peer goes on sending parts of one. Now what it sends is answered with a reset.
+                let _ = self.socket.shutdown(Shutdown::Both);
                 // A panic has been reported by now, and has ended the session.
                 let _ = (inward.join(), outward.join());
                 Ok(())
@@ -2111,7 +2106,7 @@ mod copy {
             self.news.set();
         }
 
-        fn note_alive(&self) {
+        pub fn note_alive(&self) {
             let now = self.start.elapsed().as_millis() as u64;
             self.last_alive.store(now, Relaxed);
         }
@@ -2289,10 +2284,11 @@ mod copy {
 
         /// A client's Close asks for the end. A relay's says how the child ended, and comes later.
         fn end_source(&self) {
+            // Before the Close, so that no ping follows it.
+            self.all_sent.store(true, Relaxed);
             if self.role == Role::Client {
                 self.send_close(Some(CloseCode::Normal), "", || self.over.is_set());
             }
-            self.all_sent.store(true, Relaxed);
             self.news.set();
         }
 
@@ -2321,7 +2317,9 @@ mod copy {
         /// Sends a control frame, after what is half sent.
         fn control(&self, control: Control, payload: Bytes) -> Sent {
             self.attempt(|sending| {
-                sending.control = Some((control, payload));
+                if !matches!(sending.control, Some((Control::Close, _))) {
+                    sending.control = Some((control, payload));
+                }
                 sending.flush()
             })
         }
@@ -2335,11 +2333,10 @@ mod copy {
             // A buffer of the smallest size has room when the peer has received what it held. The
             // peer's own Close says the same, if `inward` still reads.
             let _ = sockopt::set_socket_send_buffer_size(&self.socket, 0);
-            let wait = || {
-                let room = PollFd::new(&self.socket, PollFlags::OUT);
-                poll::ready([room, self.inward_stopped.poll_fd()], Some(until))
-            };
-            while wait() == [PollFlags::empty(); 2] && Instant::now() < until {}
+            let nothing = [PollFlags::empty(); 2];
+            let room = PollFd::new(&self.socket, PollFlags::OUT);
+            let fds = [room, self.inward_stopped.poll_fd()];
+            while poll::ready(fds.clone(), Some(until)) == nothing && Instant::now() < until {}
             poll::linger(&self.socket, CLOSE_TIMEOUT);
         }
 
@@ -2575,10 +2572,6 @@ mod http {
             let length = match parsed.parse(bytes) {
                 Ok(httparse::Status::Partial) => return Ok(None),
                 Ok(httparse::Status::Complete(length)) => length,
-                Err(httparse::Error::TooManyHeaders) => {
-                    let line = format!("the request has more than {MAX_HEADERS} headers");
-                    return Err(Answer::new(HEAD_TOO_LARGE, &line));
-                }
                 Err(e) => return Err(not_http(bytes, e)),
             };
 
@@ -3553,7 +3546,7 @@ mod poll {
         let mut open = socket.shutdown(Shutdown::Write).is_ok();
         while open && Instant::now() < until {
             if readable(&socket, until) {
-                open = socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0);
+                open = !matches!(socket.read(&mut [0; 4096]), Ok(0));
             }
         }
     }

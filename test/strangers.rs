@@ -19,7 +19,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// It takes milliseconds, and a second where the other tests have the machine to themselves.
-const AT_ONCE: Duration = Duration::from_secs(5);
+const AT_ONCE: Duration = Duration::from_secs(15);
+/// How long a shutdown may take: 3 s where nothing else runs, and that is not here.
+const BOUND: Duration = Duration::from_secs(9);
 const HEALTHZ: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n\r\n";
 
 /// With an admin listener, too.
@@ -253,7 +255,7 @@ fn besieged(
     });
     let start = String::from_utf8_lossy(&strangers.1[..strangers.1.len().min(20)]);
     println!("{start:?}: {took:?}");
-    assert!(took < Duration::from_secs(3), "{start:?}: after {took:?}");
+    assert!(took < BOUND, "{start:?}: after {took:?}");
 }
 
 /// The requests of strangers, each for a kind of them.
