@@ -532,6 +532,46 @@ fn systemd_takes_the_units() {
     }
 }
 
+/// Such as a unit on NixOS has: no shell, and nothing of /usr.
+#[test]
+fn few_programs_are_enough() {
+    let (dir, programs) = (Dir::new(), Dir::new());
+    let wrapper = fs::read_to_string(project("nix/nix-relay-store")).unwrap();
+    let wrapper = dir.script("nix-relay-store", &wrapper);
+    let found = "find chmod rm mkdir id readlink bwrap unshare flock";
+    let script = format!(
+        "for name in {found}; do ln -s $(command -v $name) $1; done
+         cp $(readlink -f $(command -v nix)) $1/nix-daemon; ln -s nix-daemon $1/nix-store
+         chown 65534 $2; chmod 755 $1 $2"
+    );
+    let places = [&programs, &dir].map(|dir| dir.path("").display().to_string());
+    let made = Command::new("bash")
+        .args(["-euc", &script, "-"])
+        .args(&places)
+        .status();
+    assert!(made.unwrap().success());
+    let unit = fs::read_to_string(project("nix/nix-relay-gc@.service")).unwrap();
+    let (_, command) = unit.split_once(" -- ").unwrap();
+    let (command, _) = command.split_once("\nCap").unwrap();
+    let [programs, store] = places;
+    let script = format!(
+        "PATH={programs} exec {} {store}/store --ro-bind {programs} {programs} -- {}",
+        wrapper.display(),
+        command.replace("\\\n", "")
+    );
+    let user = [
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "/bin/sh",
+        "-c",
+        &script,
+    ];
+    let output = Command::new("setpriv").args(user).output().unwrap();
+    let (_, log) = texts(&output);
+    assert!(output.status.success() && !log.contains("flock:"), "{log}");
+}
+
 #[test]
 fn the_wrapper_says_what_is_wrong() {
     let (dir, wrapper) = (Dir::new(), project("nix/nix-relay-store"));
