@@ -7,6 +7,7 @@ pkgs: [
   pkgs.cargo
   pkgs.clippy
   pkgs.curl
+  pkgs.e2fsprogs
   pkgs.haproxy
   pkgs.iproute2
   pkgs.nginx

@@ -76,6 +76,7 @@ in
       openFirewall = true;
       settings.auth.allowed_org = "";
       stores.main.rule.bound_claims.repository_owner = "example-org";
+      stores.main.size = "500M";
     };
   };
 
@@ -141,6 +142,7 @@ in
     stores.succeed(f"grep hello /var/lib/nix-relay/main{path}")
     stores.fail(f"test -e {path}")
     runner.succeed(f"{job} nix store info --json {remote} | grep -E '\"trusted\": ?(1|true)'")
+    stores.succeed("mountpoint /var/lib/nix-relay/main")
     stores.succeed("systemctl start nix-relay-gc-main.service")
     stores.fail(f"test -e /var/lib/nix-relay/main{path}")
 

@@ -1,5 +1,5 @@
-# nix/module.nix in many situations: `failures` holds what is not as it should be, `written` every configuration file, and
-# `service` what is different in the unit.
+# nix/module.nix in many situations: `failures` holds what is not as it should be, `written` every configuration file,
+# `service` what is different in the unit, and `size` the script that makes a file system.
 # With the lib of nixpkgs where NIXPKGS_LIB says, else with a stand-in.
 {
   lib ? import (
@@ -51,6 +51,7 @@ let
     stdenv.buildPlatform.canExecute = _: true;
     stdenv.hostPlatform = "here";
     coreutils = "/coreutils";
+    e2fsprogs = package "e2fsprogs";
     writeShellScript = name: text: "/${name}: ${text}";
     writeText = name: text: "/${name}: ${text}";
     bubblewrap = package "bubblewrap";
@@ -92,6 +93,7 @@ let
       ports = config.networking.firewall.allowedTCPPorts;
       nix = config.nix.settings;
       inherit (config.systemd)
+        mounts
         packages
         services
         sockets
@@ -405,6 +407,7 @@ let
             max_connections = 2;
           };
           network = false;
+          size = "20G";
           nixConf = "cores = 2";
           dates = "daily";
         };
@@ -451,6 +454,7 @@ let
           unit.serviceConfig.StateDirectory == "nix-relay"
           && unit.serviceConfig.RestrictNamespaces == "no"
           && builtins.length unit.serviceConfig.SystemCallFilter == 2
+          && unit.unitConfig.RequiresMountsFor == [ "/var/lib/nix-relay/offline" ]
           && !unit.serviceConfig ? Environment
           &&
             map (p: p.name) unit.path == [
@@ -462,9 +466,23 @@ let
           services:
           services.nix-relay-gc-offline.startAt == "daily"
           && services.nix-relay-gc-own.startAt == "weekly"
+          && services.nix-relay-gc-own.serviceConfig.User == "nix-relay"
+          && services.nix-relay-gc-own.unitConfig.RequiresMountsFor == "/var/lib/nix-relay/own"
           &&
-            match ".*-nix-relay-store /var/lib/nix-relay/own -- nix-store --gc" services.nix-relay-gc-own.serviceConfig.ExecStart
-            != null;
+            match ".*-nix-relay-store /var/lib/nix-relay/own -- /bin/sh -c +'find /tmp .* exec nix-store --gc'" services.nix-relay-gc-own.serviceConfig.ExecStart
+            != null
+          && services ? nix-relay-size-offline
+          && !services ? nix-relay-size-own;
+        mounts = [
+          {
+            what = "/var/lib/nix-relay-offline.img";
+            where = "/var/lib/nix-relay/offline";
+            type = "ext4";
+            options = "loop,nofail,nosuid,nodev";
+            requires = [ "nix-relay-size-offline.service" ];
+            after = [ "nix-relay-size-offline.service" ];
+          }
+        ];
       };
     };
     closed-firewall = {
@@ -768,6 +786,12 @@ let
       settings.auth.allowed_org = "org";
     };
     queue-timeout-is-negative = settings { daemon.queue_timeout_secs = -1; };
+    store-of-no-size = with' {
+      stores.own = {
+        rule = { inherit (rule) bound_claims; };
+        size = "0";
+      };
+    };
     claim-is-a-set = with' {
       settings.auth.rule = [
         {
@@ -780,7 +804,10 @@ let
   accepted = filter (
     name:
     (builtins.tryEval (
-      builtins.deepSeq (see refused.${name}).toml (builtins.deepSeq (see refused.${name}).nix true)
+      let
+        inherit (see refused.${name}) mounts nix toml;
+      in
+      builtins.deepSeq [ mounts nix toml ] true
     )).success
   ) (attrNames refused);
 
@@ -823,6 +850,7 @@ in
         { }
     );
   service = (see situations.least.given).services.nix-relay.serviceConfig;
+  size = (see situations.stores.given).services.nix-relay-size-offline.script;
   written = listToAttrs (
     map (name: {
       inherit name;

@@ -98,6 +98,30 @@ fn the_relay_takes_what_the_module_writes() {
     }
 }
 
+/// As far as it goes without mounting it.
+#[test]
+fn a_store_has_a_file_system_of_the_size_that_the_module_says() {
+    let (dir, script) = (Dir::new(), module()["size"].as_str().unwrap().to_owned());
+    let place = dir.path("").display().to_string();
+    let script = script
+        .replace("/var/lib/", &place)
+        .replace(" nix-relay)", " nobody)");
+    let listed = |size: &str| {
+        let list = "debugfs -R stats $image; debugfs -R 'stat /' $image";
+        let script = format!("PATH=$PATH:/sbin\n{}{list}", script.replace("20G", size));
+        let output = Command::new("bash").args(["-euc", &script]).output();
+        let (out, log) = texts(&output.unwrap());
+        assert!(out.contains("Reserved block count:     0"), "{out}{log}");
+        assert!(out.contains("User: 65534   Group: 65534"), "{out}{log}");
+        let blocks = out.split_once("\nBlock count:").unwrap().1;
+        blocks.split_whitespace().next().unwrap().to_owned()
+    };
+    let sizes = [("1G", "262144"), ("1G", "262144"), ("2G", "524288")];
+    for (size, blocks) in sizes {
+        assert_eq!(listed(size), blocks);
+    }
+}
+
 #[test]
 fn the_lock_is_accepted_as_it_is() {
     let (runner, source, flake) = flake();

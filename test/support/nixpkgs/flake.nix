@@ -59,6 +59,7 @@
                 "bash"
                 "coreutils"
                 "curl"
+                "e2fsprogs"
                 "haproxy"
                 "iproute2"
                 "jq"

@@ -35,6 +35,7 @@ in
         enableACME = option bool false;
         useACMEHost = option (nullOr str) null;
       })) { };
+      systemd.mounts = option (listOf anything) [ ];
       systemd.packages = option (listOf anything) [ ];
       systemd.services = option (attrsOf (withOptions {
         enable = option bool true;

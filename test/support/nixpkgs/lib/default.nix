@@ -165,6 +165,9 @@ let
         );
       ints.positive = one "an integer above 0" (value: isInt value && value > 0);
       str = one "a string" isString;
+      strMatching =
+        pattern:
+        one "a string of that form" (value: isString value && builtins.match pattern value != null);
       path = one "an absolute path" (value: isPath value || isString value && substring 0 1 value == "/");
       package = one "a package" (value: value.type or null == "derivation");
       nullOr =
