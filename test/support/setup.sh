@@ -5,11 +5,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # Debian keeps servers where only root looks.
 PATH=$PWD/target/tools/bin:$PATH:/usr/sbin
 
-# Whether something is there: a program, or one of two libraries.
+# Whether something is there: a program, a library, or a program of a certain kind.
 has() {
   case $1 in
     # Debian's compilers do not depend on it.
     libc) echo 'int main() {}' | cc -x c -o /dev/null - 2>/dev/null ;;
+    # Where it is /bin/busybox, it is the shell of Nix's sandbox, in which there are no libraries.
+    'static busybox') type -P busybox >/dev/null && [[ ! -e /bin/busybox || $(ldd /bin/busybox 2>&1) != *'=>'* ]] ;;
     OpenSSL) pkg-config --exists openssl 2>/dev/null ;;
     *) type -P "$1" >/dev/null ;;
   esac
