@@ -48,6 +48,7 @@ rustPlatform.buildRustPackage (finalAttrs: {
     "builders::"
     "nix::"
     "nixos::"
+    "own::"
     "stdio::the_other_protocol_of_nix"
     "trouble::"
     "trust::"
