@@ -451,6 +451,7 @@ fn the_recipe_for_debian() {
     let section = page.split_once("## Debian\n\n").unwrap().1;
     let block = section
         .lines()
+        .skip_while(|line| !line.starts_with("    "))
         .take_while(|line| line.starts_with("    ") || line.is_empty());
     let block = block
         .map(|line| line.strip_prefix("    ").unwrap_or(line))
