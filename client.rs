@@ -86,6 +86,12 @@ struct Session {
     receiving: Receiving,
 }
 
+/// What an attempt leads to if it is answered.
+enum Answered {
+    Session(Box<Session>),
+    Refusal(Failure),
+}
+
 pub fn run() -> ExitCode {
     if io::stdin().is_terminal() || io::stdout().is_terminal() {
         return crate::fail(1, FOR_NIX);
@@ -524,12 +530,15 @@ impl Target {
                 format!("cannot reach {} through the proxy {host}:{port}", self.uri)
             }
         };
-        self.open(token)
-            .unwrap_or_else(|failure| Err(failure.during(&place)))
+        match self.open(token) {
+            Ok(Answered::Session(session)) => Ok(*session),
+            Ok(Answered::Refusal(failure)) => Err(failure),
+            Err(failure) => Err(failure.during(&place)),
+        }
     }
 
-    /// A session or a refusal. Fails if nothing answers.
-    fn open(&self, token: &str) -> Result<Result<Session, Failure>, Failure> {
+    /// Fails if nothing answers.
+    fn open(&self, token: &str) -> Result<Answered, Failure> {
         let socket = Arc::new(self.connect()?);
         let stream: Arc<dyn Stream> = match &self.tls {
             None => socket.clone(),
@@ -551,16 +560,16 @@ impl Target {
                     websocket,
                     may_hold_more: true,
                 };
-                Ok(Ok(Session {
+                Ok(Answered::Session(Box::new(Session {
                     socket,
                     stream,
                     receiving,
-                }))
+                })))
             }
             Err(HandshakeError::Failure(Error::Http(answer)))
                 if !answer.status().is_informational() =>
             {
-                Ok(Err(refusal(*answer, half(false))))
+                Ok(Answered::Refusal(refusal(*answer, half(false))))
             }
             Err(HandshakeError::Failure(e)) => Err(no_handshake(e)),
             Err(HandshakeError::Interrupted(_)) => {
