@@ -16,7 +16,7 @@
 mod client;
 
 use config::{Config, Server, secs};
-use connection::{Kind, Port, Relay};
+use connection::{Port, Relay, Service};
 use log::{Level, error, info, warn};
 use oidc::Issuers;
 use rustix::io::{FdFlags, fcntl_setfd};
@@ -171,8 +171,9 @@ fn serve(config: Config, issuers: Issuers) -> io::Result<()> {
     Ok(())
 }
 
-/// Also watches SIGCHLD, only so that it is not ignored: if the program that started us ignores
-/// it, so would we, and the kernel would reap our children (waitpid(2)).
+/// Stops the relay on SIGTERM, SIGINT and SIGHUP. Watches SIGCHLD only so that it is not ignored:
+/// if the program that started us ignores it, so would we, and the kernel would reap our children
+/// (waitpid(2)).
 fn watch_signals(relay: Arc<Relay>) -> io::Result<()> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGCHLD])?;
     let watch = move || {
@@ -187,10 +188,10 @@ fn watch_signals(relay: Arc<Relay>) -> io::Result<()> {
 fn ports(server: &Server) -> io::Result<Vec<Arc<Port>>> {
     let mut ports = passed_ports()?;
     if ports.is_empty() {
-        ports.push(Port::new(listen(&server.listen)?, Kind::Relay));
+        ports.push(Port::new(listen(&server.listen)?, Service::Relay));
     }
     if !server.admin_listen.is_empty() {
-        ports.push(Port::new(listen(&server.admin_listen)?, Kind::Admin));
+        ports.push(Port::new(listen(&server.admin_listen)?, Service::Admin));
     }
     Ok(ports)
 }
@@ -214,7 +215,7 @@ fn passed_ports() -> io::Result<Vec<Arc<Port>>> {
         let listener = listener.ok_or_else(|| io::Error::other(EXPECTED_FDS))?;
         listener.set_nonblocking(false)?;
         fcntl_setfd(&listener, FdFlags::CLOEXEC)?;
-        ports.push(Port::new(listener, Kind::Passed));
+        ports.push(Port::new(listener, Service::Passed));
     }
     Ok(ports)
 }
@@ -223,13 +224,14 @@ const EXPECTED_FDS: &str =
     "LISTEN_FDS: expected only TCP sockets that listen (ListenStream=HOST:PORT, Accept=no)";
 
 /// The states of a connection, from its first byte to a session or a refusal, each with a limit
-/// in time and in number. A connection has exactly one `State`; whoever is in a later one takes
+/// in time and in number. A connection has exactly one `State`: in the lobby of its listener we
+/// wait for the client, or verify its token; then it is a guest. Whoever is in a later state takes
 /// no place from those whose request is being read. Promises that a permit is always given back,
 /// and that nothing ends the accept loops.
 ///
 /// | state | type | limit in time | limit in number; beyond it |
 /// | --- | --- | --- | --- |
-/// | reading the head | `Lobby` | `handshake_timeout_secs` | `MAX_LOBBY` a port, with the next; |
+/// | reading the head | `Lobby` | `handshake_timeout_secs` | together `MAX_LOBBY` a listener: |
 /// | hearing a refusal | `Lobby` | `LINGER` | the one waited for longest goes |
 /// | waiting for keys | `Guest` | `KEYS_TIMEOUT` | `MAX_WAITING` an issuer; 503 at once |
 /// | waiting for a permit | `Guest` | `queue_timeout_secs` | `MAX_QUEUE` a rule; 503 at once |
@@ -339,7 +341,7 @@ mod connection {
 
     /// Starts to accept connections. Fails if there are no threads.
     pub fn start(relay: Arc<Relay>, port: Arc<Port>) -> io::Result<()> {
-        let name = if port.kind == Kind::Admin {
+        let name = if port.service == Service::Admin {
             "admin"
         } else {
             "relay"
@@ -350,7 +352,7 @@ mod connection {
     }
 
     #[derive(Clone, Copy, PartialEq)]
-    pub enum Kind {
+    pub enum Service {
         Relay,
         /// The same, but passed to us. While we drain, new connections wait in it for the next
         /// relay, and none is refused.
@@ -358,7 +360,7 @@ mod connection {
         Admin,
     }
 
-    /// What each kind of listener serves: a path, its methods, and what to say of another.
+    /// A path that a listener serves, its methods, and the answer to another method.
     type Route = (&'static str, &'static [&'static str], Status);
     const HEALTH: Route = ("/healthz", &["GET", "HEAD"], http::ONLY_GET_OR_HEAD);
     const METRICS: Route = ("/metrics", &["GET", "HEAD"], http::ONLY_GET_OR_HEAD);
@@ -367,16 +369,16 @@ mod connection {
     /// A listener, and those of its connections that are in the lobby.
     pub struct Port {
         listener: TcpListener,
-        kind: Kind,
-        /// The seats in the lobby, in their order.
+        service: Service,
+        /// The seats in the lobby, the oldest first.
         lobby: Mutex<VecDeque<Weak<Seat>>>,
     }
 
     impl Port {
-        pub fn new(listener: TcpListener, kind: Kind) -> Arc<Port> {
+        pub fn new(listener: TcpListener, service: Service) -> Arc<Port> {
             Arc::new(Port {
                 listener,
-                kind,
+                service,
                 lobby: Mutex::default(),
             })
         }
@@ -385,7 +387,7 @@ mod connection {
         /// passed to us, once we drain.
         fn accept(self: Arc<Port>, relay: Arc<Relay>) {
             for number in 1_u64.. {
-                if self.kind == Kind::Passed {
+                if self.service == Service::Passed {
                     let connection = PollFd::new(&self.listener, PollFlags::IN);
                     poll::ready([connection, relay.draining.poll_fd()], None);
                     if relay.draining.is_set() {
@@ -446,7 +448,7 @@ mod connection {
         }
     }
 
-    /// A seat in the lobby, for as long as this is there.
+    /// A seat in the lobby. It is free when this is dropped.
     struct Seat {
         socket: Arc<TcpStream>,
         /// Whether we wait for the client, who may then have to go.
@@ -516,12 +518,12 @@ mod connection {
             }
         }
 
-        /// Whatever is no session is an `Err`.
+        /// Ok after a session. Any other answer is an `Err`, 200 included.
         fn route(&mut self, head: Head) -> Result<(), Answer> {
             head.check_host()?;
             let path = head.request.uri().path();
-            let routes = match self.port.kind {
-                Kind::Admin => [HEALTH, METRICS],
+            let routes = match self.port.service {
+                Service::Admin => [HEALTH, METRICS],
                 _ => [HEALTH, RELAY],
             };
             let route = routes.into_iter().find(|(known, ..)| *known == path);
@@ -574,7 +576,7 @@ mod connection {
             }
         }
 
-        /// Waits for a permit of the rule, if it has its own, and for one of all.
+        /// Waits for a permit of the rule, if it has its own ones, and for one of the relay.
         fn wait_for_permits(&mut self, rule: usize) -> Result<Vec<Permit>, Answer> {
             let relay = self.relay.clone();
             let too_many = || full().because("too many wait already");
@@ -624,8 +626,8 @@ mod connection {
             Ok(())
         }
 
-        /// Sends an answer, and waits in the lobby until the client has read it. One that is past
-        /// the lobby has nothing to send until it is answered, so that no reset can overtake that.
+        /// Sends an answer, and waits in the lobby until the client has read it. A guest sends
+        /// nothing before its answer, so that nothing unread can cause a reset.
         fn answer(&mut self, answer: &Answer, with_body: bool) {
             if answer.status >= 400 {
                 log_refusal(&self.peer, answer);
@@ -942,7 +944,7 @@ mod oidc {
         Answer::new(http::INVALID_TOKEN, &line)
     }
 
-    /// Some tokens could verify if they could be had.
+    /// The token may be good, and the keys to tell are missing.
     pub fn no_keys(cause: impl fmt::Display) -> Answer {
         let line = "the issuer's keys are unavailable; try again later";
         Answer::new(http::RETRY_LATER, line).because(cause)
@@ -1244,7 +1246,7 @@ mod oidc {
 
 /// Connects nix-daemon and a WebSocket until one of them ends. Owns the child. Promises that
 /// each session has exactly one reason to end, which the log and the Close are made from, and
-/// that the child is reaped and its process group killed by then.
+/// that the child is reaped and its process group killed before its permit is given back.
 mod session {
     use crate::config::{Config, secs};
     use crate::copy::{self, CLOSE_TIMEOUT, End, Keepalive, Link, Pipes, Reason};
@@ -1281,7 +1283,7 @@ mod session {
     const LARGEST_PIPE_LOG2: u32 = 20;
     /// The longest line of the child's standard error in the log. A longer one is split.
     const MAX_LINE_BYTES: usize = 4 << 10;
-    /// A pipe holds 64 KiB (pipe(7)), and is read so many bytes at a time.
+    /// What a pipe holds (64 KiB, pipe(7)), in reads of that size.
     const MAX_REST_READS: usize = (64 << 10) / MAX_LINE_BYTES;
     /// The environment variables that nix-daemon gets, by their names and by prefixes of names.
     const KEPT_VARIABLES: [&str; 19] = [
@@ -1435,7 +1437,7 @@ mod session {
                 let check = self.keepalive.check(self.link);
                 check.map_or(self.deadline, |check| check.min(self.deadline))
             });
-            // What does not matter any more gives way to the news.
+            // poll needs four, so one that does not matter any more is `news` again.
             let news = self.link.news.poll_fd();
             let closing = step.map_or(self.closing.poll_fd(), |_| news.clone());
             let exited = self.exited;
@@ -1780,7 +1782,7 @@ mod copy {
         code: Some(CloseCode::Policy),
         detail: Cow::Borrowed("the session reached daemon.timeout_secs"),
     };
-    /// No Close arrives, or it would be the answer to nothing.
+    /// The peer ended the connection without a Close.
     const NO_CLOSE: End = End {
         reason: Reason::Closed,
         code: None,
@@ -2094,13 +2096,14 @@ mod copy {
             })
         }
 
-        /// Ends the session, unless it has ended already, and stops both threads.
+        /// Ends the session, unless it has ended already, and stops both threads. `over` comes
+        /// first: whoever sees the end must see that all stops.
         pub fn finish(&self, end: End) {
             self.over.set();
             self.set_end(end);
         }
 
-        /// Ends the session in order, unless it has ended already: nothing is stopped.
+        /// Records how the session ended, unless it has ended already. Both threads go on.
         pub fn set_end(&self, end: End) {
             let _ = self.end.set(end);
             self.news.set();
@@ -2212,7 +2215,7 @@ mod copy {
             }
         }
 
-        /// What an error from tungstenite's `read` means. It is none that there is nothing to read.
+        /// What an error from tungstenite's `read` means. Nothing to read is no error.
         fn failed_read(&self, error: Error) -> Result<(), End> {
             Err(match error {
                 Error::Io(e)
@@ -2223,7 +2226,7 @@ mod copy {
                 Error::Io(e) => End::new(Reason::Gone, None, e.to_string()),
                 Error::Capacity(CapacityError::MessageTooLong { .. }) => TOO_LONG,
                 Error::Utf8(_) => NOT_UTF8,
-                // A broken connection looks the same, once somebody has been told of that.
+                // Once a reset has been reported, later reads look like an end.
                 Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)
                     if self.is_broken() =>
                 {
@@ -2710,7 +2713,7 @@ mod http {
     }
 }
 
-/// What the operator wants: turns defaults, file and environment into one validated `Config`.
+/// Turns defaults, file and environment into one validated `Config`.
 /// Reads the configuration file and the environment, nothing else. Promises that everything in a
 /// `Config` can be used as it is, and that an error says where it comes from.
 mod config {
@@ -3139,6 +3142,7 @@ mod metrics {
         }
     }
 
+    /// Leaves the count when dropped.
     pub struct Entered<'a>(&'a Count);
 
     impl Drop for Entered<'_> {
@@ -3159,6 +3163,7 @@ mod metrics {
     }
 
     impl Metric {
+        /// Adds to the series of this value. Ignores a value that it does not know.
         pub fn add(&self, value: &str, more: u64) {
             if let Some(index) = self.values.iter().position(|known| *known == value) {
                 self.counts[index].add(more);
@@ -3171,7 +3176,7 @@ mod metrics {
         }
     }
 
-    /// Defines the metrics, and the table of all. The first of a family has its head.
+    /// Defines the metrics, and the table of all. Only the first of a family has a head.
     macro_rules! table {
         ($($id:ident: $($family:literal $kind:literal $help:literal)?,
             $name:literal [$($value:expr),*] $end:literal;)*) => {
@@ -3436,8 +3441,7 @@ mod web {
     }
 }
 
-/// Every wait for a client, a child or another thread uses this: poll(2), with a limit or for
-/// something that is sure to happen. And what threads share: events, semaphores, locks.
+/// Waits for descriptors, by poll(2), and what threads share: events, semaphores, locks.
 mod poll {
     use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd};
     use std::io::{self, Read};
@@ -3473,7 +3477,8 @@ mod poll {
             self.happened.load(SeqCst)
         }
 
-        /// For an event that may happen again, and that one thread waits for.
+        /// For an event that may happen again. Only the thread that waits calls this, and looks at
+        /// its condition again afterwards.
         pub fn reset(&self) {
             self.happened.store(false, SeqCst);
             let _ = rustix::io::read(&self.fd, &mut [0; 8]);
