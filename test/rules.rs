@@ -268,6 +268,49 @@ fn a_refusal_names_a_claim_of_the_nearest_rule() {
     }
 }
 
+/// A name that starts with `/` is a JSON pointer.
+#[test]
+fn claims_inside_claims() {
+    let issuer = Issuer::start();
+    let claims = json!({
+        "kubernetes.io": {"serviceaccount": {"uid": "1234"}, "a/b": {"~": true}},
+        "https://sts.amazonaws.com/": {"ids": ["one", "two"], "number": 42},
+        "/own": "mine", "own": "other", "": {"": "nameless"},
+    });
+    let token = issuer.token_with(claims);
+    for (name, value) in [
+        ("/kubernetes.io/serviceaccount/uid", "12*"),
+        ("/kubernetes.io/a~1b/~0", "true"),
+        ("/https:~1~1sts.amazonaws.com~1/ids", "two"),
+        ("/https:~1~1sts.amazonaws.com~1/ids/0", "one"),
+        ("/https:~1~1sts.amazonaws.com~1/number", "42"),
+        ("/~1own", "mine"),
+        ("/own", "other"),
+        ("//", "nameless"),
+    ] {
+        let rules = rule("only", &format!("{{ '{name}' = '{value}' }}"), "");
+        relay(&issuer, &rules).connect(&token).close();
+    }
+    for (name, why) in [
+        ("/kubernetes.io/serviceaccount/uid", "is \"1234\""),
+        ("/kubernetes.io/serviceaccount/name", "is missing"),
+        ("/kubernetes.io/serviceaccount/uid/x", "is missing"),
+        ("/https:~1~1sts.amazonaws.com~1/ids/2", "is missing"),
+        ("kubernetes.io/serviceaccount/uid", "is missing"),
+        ("/nothing", "is missing"),
+        ("/~1own", "is \"mine\""),
+        ("/own", "is \"other\""),
+    ] {
+        let rules = rule("only", &format!("{{ '{name}' = 'secret' }}"), "");
+        let answer = refusal(&relay(&issuer, &rules), &token);
+        let expected = format!("no rule allows it: {name} {why}\n");
+        assert!(
+            answer.starts_with("HTTP/1.1 403 ") && answer.ends_with(&expected),
+            "{answer}"
+        );
+    }
+}
+
 /// Each issuer is believed for its own rules alone, and asked for its own tokens alone.
 #[test]
 fn several_issuers() {

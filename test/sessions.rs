@@ -1,17 +1,20 @@
 //! Bytes between a client and its daemon: all of them, both ways at once, and what else a WebSocket has.
 
 use crate::support::*;
+use rustix::net::{connect_unspec, sockopt};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::thread;
+use std::time::Duration;
 use tungstenite::Message;
-use tungstenite::protocol::{Role, WebSocket};
+use tungstenite::protocol::{Role, WebSocket, WebSocketConfig};
 
 const BINARY: u8 = 0x82;
 const FIRST: u8 = 0x02;
 const MIDDLE: u8 = 0x00;
 const LAST: u8 = 0x80;
 const PING: u8 = 0x89;
+const CLOSE: u8 = 0x88;
 
 fn random(length: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -149,7 +152,7 @@ fn no_empty_frame_is_sent() {
         client.raw(&frame(BINARY, part));
     }
     client.raw(&[frame(FIRST, b""), frame(LAST, b"")].concat());
-    client.raw(&frame(0x88, &1000_u16.to_be_bytes()));
+    client.raw(&frame(CLOSE, &1000_u16.to_be_bytes()));
     let mut frames = Vec::new();
     while let Ok(message) = client.0.read() {
         frames.push(message);
@@ -283,7 +286,7 @@ fn the_log_has_both_ends_of_a_session() {
 #[test]
 fn a_close_is_answered() {
     let (_relay, mut client) = quiet();
-    client.raw(&frame(0x88, &4321_u16.to_be_bytes()));
+    client.raw(&frame(CLOSE, &4321_u16.to_be_bytes()));
     let mut reader =
         WebSocket::from_raw_socket(client.0.get_ref().try_clone().unwrap(), Role::Client, None);
     match reader.read().unwrap() {
@@ -301,4 +304,84 @@ fn a_very_long_keepalive() {
     let mut client = relay.connect(&issuer.token());
     client.send("echo");
     assert_eq!(client.receive(), b"echo");
+}
+
+/// What a client's Close leaves the daemon to say, of which it reads so many bytes a second.
+fn output_after_a_close(script: &str, bytes_a_second: u32) -> (usize, u16, String) {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).daemon(script).start();
+    let before = relay.at_rest();
+    let stream = relay.tcp();
+    sockopt::set_socket_recv_buffer_size(&stream, 64 << 10).unwrap();
+    let mut client = open(stream, &issuer.token()).unwrap();
+    client.raw(&frame(CLOSE, &4321_u16.to_be_bytes()));
+    // One that has read a Close itself would answer it; this one has sent its own.
+    let socket = client.0.get_ref().try_clone().unwrap();
+    let limits = WebSocketConfig::default().read_buffer_size(64 << 10);
+    let mut reader = WebSocket::from_raw_socket(socket, Role::Client, Some(limits));
+    let mut read = 0;
+    let end = loop {
+        match reader.read().unwrap() {
+            Message::Binary(bytes) => {
+                read += bytes.len();
+                thread::sleep(Duration::from_secs(1) * bytes.len() as u32 / bytes_a_second);
+            }
+            Message::Close(Some(close)) => {
+                break (read, close.code.into(), close.reason.to_string());
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    relay.log.wait(" reason=client-closed ");
+    drop((client, reader));
+    relay.back_to(before);
+    end
+}
+
+#[test]
+fn output_after_a_close_is_delivered() {
+    let script = "cat >/dev/null; exec head -c 5000000 /dev/zero";
+    for bytes_a_second in [u32::MAX, 1 << 20] {
+        let end = output_after_a_close(script, bytes_a_second);
+        assert_eq!(end, (5_000_000, 4321, String::new()));
+    }
+}
+
+#[test]
+fn a_daemon_that_fails_after_a_close() {
+    let script = "cat >/dev/null; echo output; echo why >&2; exit 3";
+    let reason = "nix-daemon ended with exit status: 3: why".into();
+    assert_eq!(output_after_a_close(script, u32::MAX), (7, 1011, reason));
+}
+
+#[test]
+fn a_client_that_resets_after_its_close() {
+    let issuer = Issuer::start();
+    let script = "cat >/dev/null; exec cat /dev/zero";
+    let relay = Setup::new(&issuer).daemon(script).start();
+    let before = relay.at_rest();
+    let mut client = relay.connect(&issuer.token());
+    client.raw(&frame(CLOSE, &1000_u16.to_be_bytes()));
+    client.0.get_mut().read_exact(&mut [0; 1000]).unwrap();
+    connect_unspec(client.0.get_ref()).unwrap();
+    relay.log.wait(" reason=client-closed ");
+    relay.back_to(before);
+}
+
+/// Pongs that wait for room do not take the place of a Close that waits for room.
+#[test]
+fn a_close_amid_a_flood_of_pings() {
+    let issuer = Issuer::start();
+    let script = "exec head -c 1000000 /dev/zero";
+    let relay = Setup::new(&issuer).daemon(script).start();
+    for _ in 0..8 {
+        let stream = relay.tcp();
+        sockopt::set_socket_recv_buffer_size(&stream, 16 << 10).unwrap();
+        let mut client = open(stream, &issuer.token()).unwrap();
+        let mut socket = client.0.get_ref().try_clone().unwrap();
+        let pings = frame(PING, &[b'x'; 125]).repeat(200);
+        thread::spawn(move || while socket.write_all(&pings).is_ok() {});
+        let (data, code, _) = client.until_close();
+        assert_eq!((data.len(), code), (1_000_000, 1000));
+    }
 }
