@@ -347,6 +347,26 @@ fn output_after_a_close_is_delivered() {
     }
 }
 
+/// A client may be silent after its Close, for as long as its daemon is.
+#[test]
+fn output_long_after_a_close() {
+    let issuer = Issuer::start();
+    let script = "cat >/dev/null; sleep 4; exec head -c 200000 /dev/zero";
+    let relay = Setup::new(&issuer)
+        .daemon(script)
+        .set("KEEPALIVE_SECS", "1")
+        .start();
+    // What comes first is up to the scheduler.
+    let mut clients: Vec<_> = (0..20).map(|_| relay.connect(&issuer.token())).collect();
+    for client in &mut clients {
+        client.raw(&frame(CLOSE, &1000_u16.to_be_bytes()));
+    }
+    for mut client in clients {
+        let (data, code, _) = client.until_close();
+        assert_eq!((data.len(), code), (200_000, 1000));
+    }
+}
+
 #[test]
 fn a_daemon_that_fails_after_a_close() {
     let script = "cat >/dev/null; echo output; echo why >&2; exit 3";
