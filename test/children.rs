@@ -288,6 +288,22 @@ fn a_grandchild_that_keeps_stdout_open() {
     stage.nothing_is_left();
 }
 
+/// Nor is one left that keeps no pipe open.
+#[test]
+fn a_grandchild_outlives_nobody() {
+    let mark = format!("MARK=grandchild-{}", std::process::id());
+    let stage = stage(&format!(
+        "{mark} sleep 1000 <&- >&- 2>&- & read line; exit 0"
+    ));
+    let mut client = stage.connect();
+    eventually("it is there", LIMIT, || anyone_with(&mark));
+    client.send("line\n");
+    assert_eq!(client.until_close(), (vec![], 1000, String::new()));
+    client.close();
+    eventually("it is gone", LIMIT, || !anyone_with(&mark));
+    stage.nothing_is_left();
+}
+
 /// A process of another group is not ours to kill, but no reason to go on.
 #[test]
 fn a_grandchild_that_has_left_the_group() {
@@ -492,4 +508,27 @@ fn a_relay_that_was_started_with_sigchld_ignored() {
         reason,
         "nix-daemon ended with exit status: 3: it gave no reason"
     );
+}
+
+/// Whether it gets the permit or not, the next one does.
+#[test]
+fn a_permit_for_a_client_that_hangs_up() {
+    let stage = stage("exec cat");
+    for round in 0..40 {
+        let holder = stage.connect();
+        let mut waiting = stage.relay.tcp();
+        let token = format!("Authorization: Bearer {}\r\n", stage.issuer.token());
+        let request = upgrade_request(&token);
+        waiting.write_all(request.as_bytes()).unwrap();
+        // It waits by then, mostly; and the permit comes a moment after the holder has gone.
+        thread::sleep(Duration::from_millis(20));
+        drop(holder);
+        thread::sleep(Duration::from_micros(250) * round);
+        drop(waiting);
+    }
+    let mut client = stage.connect();
+    client.send("served");
+    assert_eq!(client.receive(), b"served");
+    drop(client);
+    stage.relay.back_to(stage.before);
 }

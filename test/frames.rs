@@ -1,7 +1,9 @@
 //! Frames that no client should send: the right Close, the daemon ended, and nothing left.
 
 use crate::support::*;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::process::Stdio;
 use std::thread;
 
 /// What one client sends, each in a session of its own, and the code it is closed with.
@@ -154,4 +156,35 @@ fn a_million_empty_fragments() {
     client.raw(&[fragments, frame(0x80, b"last")].concat());
     assert_eq!(client.receive_exactly(10), b"first last");
     assert!(relay.peak_memory() < 64, "{} MiB", relay.peak_memory());
+}
+
+/// The mask of each frame of the client is new (RFC 6455, section 5.3).
+#[test]
+fn masks_are_random() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = binary()
+        .arg("--stdio")
+        .env(
+            "NIX_RELAY_URL",
+            format!("ws://{}", listener.local_addr().unwrap()),
+        )
+        .env("NIX_RELAY_TOKEN", "a.b.c")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut stdin = client.stdin.take().unwrap();
+    let mut socket = tungstenite::accept(listener.accept().unwrap().0).unwrap();
+    let mut masks = std::collections::HashSet::new();
+    for _ in 0..16 {
+        stdin.write_all(b"x").unwrap();
+        let mut frame = [0; 7];
+        socket.get_mut().read_exact(&mut frame).unwrap();
+        let [first, length, mask @ .., payload] = frame;
+        assert_eq!((first, length, payload ^ mask[0]), (0x82, 0x81, b'x'));
+        masks.insert(mask);
+    }
+    assert_eq!(masks.len(), 16);
+    client.kill().unwrap();
+    client.wait().unwrap();
 }
