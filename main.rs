@@ -801,7 +801,7 @@ mod oidc {
     use jwt_simple::JWTError;
     use jwt_simple::prelude::*;
     use log::{info, warn};
-    use serde_json::Value;
+    use serde_json::{Map, Value};
     use std::collections::{BTreeMap, HashSet};
     use std::panic::{self, AssertUnwindSafe};
     use std::path::{Path, PathBuf};
@@ -897,9 +897,10 @@ mod oidc {
                 return Err("exp is missing or not a number".into());
             }
             // Its own message would not name the claim.
-            let is_no_text = |name: &&str| !claims[*name].is_null() && !claims[*name].is_string();
-            if let Some(name) = ["sub", "jti", "nonce"].iter().find(|name| is_no_text(name)) {
-                return Err(format!("{name} is not a text"));
+            for name in ["sub", "jti", "nonce"] {
+                if !claims[name].is_null() && !claims[name].is_string() {
+                    return Err(format!("{name} is not a text"));
+                }
             }
             let key_id = header.get("kid").and_then(Value::as_str).map(String::from);
             Ok(Token {
@@ -910,18 +911,18 @@ mod oidc {
         }
     }
 
-    /// A JSON object. A name that occurs twice is refused, since other programs may read the first
-    /// where we read the last (RFC 7519, section 4).
+    /// The members of a JSON object, in their order.
     #[derive(Deserialize)]
-    struct Members(
-        #[serde(with = "serde_with::rust::maps_duplicate_key_is_error")] BTreeMap<String, Value>,
-    );
+    struct Members(#[serde(with = "tuple_vec_map")] Vec<(String, Value)>);
 
-    /// The JSON object in one part of a token.
+    /// The JSON object in one part of a token. One in which a name occurs twice is refused, since
+    /// other programs may read the first where we read the last (RFC 7519, section 4).
     fn object(part: &str) -> Option<Value> {
         let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
         let Members(members) = serde_json::from_slice(&json).ok()?;
-        Some(Value::Object(members.into_iter().collect()))
+        let count = members.len();
+        let object: Map<_, _> = members.into_iter().collect();
+        (object.len() == count).then_some(Value::Object(object))
     }
 
     /// What the cached keys say of a token.
