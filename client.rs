@@ -141,9 +141,10 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
         let _ = fcntl_setpipe_size(pipe, PIPE_BYTES);
     }
     link.run(&[], session.receiving, pipes, || {
-        while !link.over.is_set() {
+        while link.end.get().is_none() {
             let until = keepalive.check(&link);
-            poll::ready([link.over.poll_fd()], until);
+            poll::ready([link.news.poll_fd()], until);
+            link.news.reset();
         }
         // A Close of ours comes after all that is sent.
         if let Some(end) = link.end.get()
