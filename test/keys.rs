@@ -379,7 +379,8 @@ fn a_thousand_unknown_keys_cost_few_fetches() {
 fn a_new_key_is_fetched_when_a_token_needs_it() {
     let issuer = Issuer::start();
     let relay = Relay::start(&issuer);
-    // Once a token has had its answer, the first fetch is over.
+    // A token that came before the first fetch began would have asked for one.
+    relay.log.wait("fetched keys ");
     relay.connect(&issuer.token()).close();
     issuer.answer("/jwks", 200, &set(&two_keys(json!({}))));
     relay.connect(&unpublished(&issuer)).close();
