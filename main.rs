@@ -650,8 +650,8 @@ mod policy {
     use crate::http::{self, Answer};
     use crate::oidc::Identity;
     use crate::text::quoted;
+    use regex_lite::Regex;
     use serde_json::Value;
-    use std::mem;
 
     /// Claims that tell an operator whose job it was. They are logged if the token has them.
     const LOGGED_CLAIMS: [&str; 8] = [
@@ -739,13 +739,11 @@ mod policy {
 
     /// Whether the claim's value, or one of its values, matches one of the patterns.
     fn fits(rule: &Rule, patterns: &[String], claim: Option<&Value>) -> bool {
-        let mut values = values(claim).iter().filter_map(text);
-        values.any(|value| {
-            let mut patterns = patterns.iter();
-            patterns.any(|pattern| match rule.ignores_case {
-                true => pattern.eq_ignore_ascii_case(&value),
-                false => matches(pattern, &value),
-            })
+        patterns.iter().any(|pattern| {
+            let mut values = values(claim).iter().filter_map(text);
+            // One that the library finds too long is longer than any token.
+            let pattern = compile(pattern, rule.ignores_case);
+            pattern.is_ok_and(|pattern| values.any(|value| pattern.is_match(&value)))
         })
     }
 
@@ -759,29 +757,11 @@ mod policy {
     }
 
     /// `**` matches any characters, `*` any characters but `/`, and everything else only itself.
-    fn matches(pattern: &str, text: &str) -> bool {
-        // For each length: whether the pattern so far matches so much of the text.
-        let mut reached = vec![false; text.len() + 1];
-        reached[0] = true;
-        let mut previous = 0;
-
-        for byte in pattern.bytes() {
-            // The second of two adds what the first one leaves out.
-            let crosses = previous == b'*';
-            let mut diagonal = false;
-            let mut left = false;
-            for (at, reached) in reached.iter_mut().enumerate() {
-                let before = at.checked_sub(1).map(|before| text.as_bytes()[before]);
-                let fits = match byte {
-                    b'*' => *reached || left && (crosses || before != Some(b'/')),
-                    _ => diagonal && before == Some(byte),
-                };
-                diagonal = mem::replace(reached, fits);
-                left = fits;
-            }
-            previous = byte;
-        }
-        reached[text.len()]
+    fn compile(pattern: &str, ignores_case: bool) -> Result<Regex, regex_lite::Error> {
+        let literal = regex_lite::escape(pattern);
+        let pattern = literal.replace(r"\*\*", ".*").replace(r"\*", "[^/]*");
+        let flags = if ignores_case { "si" } else { "s" };
+        Regex::new(&format!("^(?{flags}:{pattern})$"))
     }
 }
 

@@ -40,7 +40,7 @@ fn patterns() {
         (
             "'main'",
             &[json!("main"), json!(["x", "main"])][..],
-            &[json!("Main"), json!("main2"), json!(""), json!([])][..],
+            &[json!("Main"), json!("main2"), json!("main\n"), json!([])][..],
         ),
         (
             "'release-*'",
@@ -119,6 +119,11 @@ fn patterns() {
             "'a.b?[c]'",
             &[json!("a.b?[c]")],
             &[json!("axb?[c]"), json!("a.bc"), json!("a.b?c")],
+        ),
+        (
+            r"'\*(a|b)+^$'",
+            &[json!(r"\(a|b)+^$"), json!(r"\x(a|b)+^$")],
+            &[json!("*(a|b)+^$"), json!(r"\xa"), json!(r"\a+^$")],
         ),
         (
             "['main', 'release-*']",
