@@ -1679,7 +1679,7 @@ mod copy {
     use std::net::{Shutdown, TcpStream};
     use std::ops::Range;
     use std::os::fd::{AsFd, BorrowedFd};
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+    use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
     use std::sync::{Arc, Mutex, OnceLock};
     use std::time::{Duration, Instant};
     use std::{mem, thread};
@@ -1973,10 +1973,9 @@ mod copy {
         stream: Arc<dyn Stream>,
         role: Role,
         sending: Mutex<Sending>,
-        start: Instant,
-        /// When the peer last showed that it is there, in milliseconds since `start`: by
-        /// accepting something, or if there is nothing to accept, by sending something.
-        last_alive: AtomicU64,
+        /// When the peer last showed that it is there: by accepting something, or if there is
+        /// nothing to accept, by sending something.
+        last_alive: Mutex<Instant>,
         /// Whether the socket has yet to accept some of what we send.
         is_full: AtomicBool,
         /// How the session ended, if it has. If the peer has closed it, the other direction still
@@ -2017,8 +2016,7 @@ mod copy {
                 stream,
                 role,
                 sending: Mutex::new(sending),
-                start: Instant::now(),
-                last_alive: AtomicU64::new(0),
+                last_alive: Mutex::new(Instant::now()),
                 is_full: AtomicBool::new(false),
                 end: OnceLock::new(),
                 over: Event::new()?,
@@ -2091,8 +2089,7 @@ mod copy {
         }
 
         pub fn note_alive(&self) {
-            let now = self.start.elapsed().as_millis() as u64;
-            self.last_alive.store(now, Relaxed);
+            *lock(&self.last_alive) = Instant::now();
         }
 
         /// Waits until a descriptor is ready, the session is over, or `until`.
@@ -2386,8 +2383,7 @@ mod copy {
                 }
             }
 
-            let last_alive = Duration::from_millis(link.last_alive.load(Relaxed));
-            let limit = link.start + last_alive + interval * KEEPALIVES;
+            let limit = *lock(&link.last_alive) + interval * KEEPALIVES;
             if now >= limit {
                 link.finish(SILENT);
             }
