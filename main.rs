@@ -1633,15 +1633,10 @@ mod session {
             }
 
             for &byte in &chunk[..length] {
-                if byte == b'\n' {
-                    self.end_line(number);
-                    self.is_continued = false;
-                    continue;
-                }
                 self.line.push(byte);
-                if self.line.len() == MAX_LINE_BYTES {
+                if byte == b'\n' || self.line.len() == MAX_LINE_BYTES {
                     self.end_line(number);
-                    self.is_continued = true;
+                    self.is_continued = byte != b'\n';
                 }
             }
         }
