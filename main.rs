@@ -213,7 +213,7 @@ fn passed_ports() -> io::Result<Vec<Arc<Port>>> {
         let socket = passed.take_tcp_listener(index).ok().flatten();
         let listener = socket.filter(|socket| socket_acceptconn(socket) == Ok(true));
         let listener = listener.ok_or_else(|| io::Error::other(EXPECTED_FDS))?;
-        listener.set_nonblocking(false)?;
+        listener.set_nonblocking(true)?;
         fcntl_setfd(&listener, FdFlags::CLOEXEC)?;
         ports.push(Port::new(listener, Service::Passed));
     }
@@ -248,7 +248,7 @@ mod connection {
     use log::{info, warn};
     use rustix::event::{PollFd, PollFlags};
     use std::collections::VecDeque;
-    use std::io;
+    use std::io::{self, ErrorKind};
     use std::net::{Shutdown, TcpListener, TcpStream};
     use std::num::NonZeroU32;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -418,6 +418,8 @@ mod connection {
                     log_refusal(&peer, &answer);
                     let _ = answer.send(&socket, true);
                     thread::sleep(SCARCITY_PAUSE);
+                    // Another relay was faster.
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => continue,
                 }
             }
         }
