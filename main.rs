@@ -1091,11 +1091,7 @@ mod oidc {
                     Some(e @ JWTError::InvalidSignature) => {
                         rejection = Rejection::WithTheseKeys(e.to_string())
                     }
-                    e => {
-                        let why =
-                            e.map_or("a part of it cannot be read".into(), ToString::to_string);
-                        return Err(Rejection::Final(why));
-                    }
+                    e => return Err(Rejection::Final(self.explain(e, &token.claims))),
                 }
             }
             Err(rejection)
@@ -1123,6 +1119,24 @@ mod oidc {
                     }
                     cache.free_at = Some(now + FETCH_INTERVAL);
                     self.wanted.set();
+        /// Why a token is refused whose signature is good, with what its job can change.
+        fn explain(&self, error: Option<&JWTError>, claims: &Value) -> String {
+            match error {
+                Some(JWTError::TokenHasExpired) => {
+                    let now = Clock::now_since_epoch().as_secs();
+                    format!("it expired at {}, and now it is {now}", claims["exp"])
+                }
+                Some(JWTError::RequiredAudienceMismatch) => {
+                    let found = claims["aud"].to_string();
+                    let found = quoted(found.trim_matches('"'));
+                    let wanted = &self.audiences;
+                    format!("its audience is {found}, and this relay wants one of {wanted:?}")
+                }
+                Some(e) => e.to_string(),
+                None => "a part of it cannot be read".into(),
+            }
+        }
+
                     cache
                         .next
                         .insert(Arc::new(Event::new().map_err(no_keys)?))
