@@ -53,6 +53,8 @@ const REMINDER: Duration = Duration::from_secs(60);
 /// The size of the two pipes to Nix. With smaller ones, Nix and the client often wait for
 /// each other.
 const PIPE_BYTES: usize = 512 << 10;
+/// The most that an unprivileged user is granted (pipe(7)).
+const LOG_BYTES: usize = 1 << 20;
 /// Limits on the head or body of an answer, and on a token.
 const MAX_ANSWER_BYTES: u64 = 64 << 10;
 const MAX_TOKEN_BYTES: u64 = 16 << 10;
@@ -140,6 +142,9 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
         // An unprivileged user may be refused this.
         let _ = fcntl_setpipe_size(pipe, PIPE_BYTES);
     }
+    // With `builders`, this is where Nix's log of the build goes. Nix reads none of it while
+    // another build waits for its session.
+    let _ = fcntl_setpipe_size(io::stderr(), LOG_BYTES);
     link.run(&[], session.receiving, pipes, || {
         while link.end.get().is_none() {
             let until = keepalive.check(&link);
