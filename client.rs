@@ -746,9 +746,10 @@ fn refusal(answer: Response<Option<Vec<u8>>>, wire: Half) -> Failure {
     };
     let wait = text_of(headers, header::RETRY_AFTER).parse();
     let wait = Duration::from_secs(wait.unwrap_or_default());
+    let may_pass = may_pass(status.as_u16()) && text_of(headers, "Nix-Relay-Retry") != "no";
     Failure {
         text,
-        again_after: may_pass(status.as_u16()).then_some(wait),
+        again_after: may_pass.then_some(wait),
         is_full: text_of(headers, "Nix-Relay-Queue") == "full",
     }
 }

@@ -1253,7 +1253,7 @@ mod session {
     use crate::text::{quoted, without_escapes};
     use log::{info, warn};
     use rustix::event::{PollFd, PollFlags};
-    use rustix::io::ioctl_fionbio;
+    use rustix::io::{Errno, ioctl_fionbio};
     use rustix::pipe::fcntl_setpipe_size;
     use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
     use std::io::{self, ErrorKind, Read};
@@ -1505,7 +1505,7 @@ mod session {
     }
 
     impl Daemon {
-        /// Answers 502 if the program cannot be run.
+        /// Answers 502 if the program cannot be run, and 503 if that may pass.
         pub fn spawn(config: &Config, arguments: &[String]) -> Result<Daemon, Answer> {
             let program = &*config.daemon.nix_daemon_path;
             let mut command = Command::new(program);
@@ -1522,7 +1522,7 @@ mod session {
                 spawned.and_then(|child| Daemon::new(child, config.daemon.max_connections));
             started.map_err(|e| {
                 let line = "nix-daemon does not start; the relay's log has the cause";
-                Answer::new(http::BAD_GATEWAY, line).because(format!("{program}: {e}"))
+                Answer::new(status, line).because(format!("{program}: {e}"))
             })
         }
 
@@ -1543,6 +1543,12 @@ mod session {
             let share = (PIPES_BYTES / max_connections).max(1).ilog2();
             let size = 1 << share.clamp(SMALLEST_PIPE_LOG2, LARGEST_PIPE_LOG2);
             // An unprivileged user may be refused this. Smaller pipes work, too.
+                let status = match Errno::from_io_error(&e) {
+                    Some(Errno::AGAIN | Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {
+                        http::RETRY_LATER
+                    }
+                    _ => http::BAD_GATEWAY,
+                };
             let _ = fcntl_setpipe_size(&stdin, size);
             let _ = fcntl_setpipe_size(&stdout, size / 4);
             Ok(Daemon {
@@ -2468,7 +2474,8 @@ mod http {
     pub const HEAD_TOO_LARGE: Status = Status(431, "Request Header Fields Too Large", "");
     /// The client left before it had an answer. Nobody hears this; nginx has it in its log, too.
     pub const CLIENT_LEFT: Status = Status(499, "Client Closed Request", "");
-    pub const BAD_GATEWAY: Status = Status(502, "Bad Gateway", "");
+    /// The header tells our client that waiting does not help, as it does if a proxy says this.
+    pub const BAD_GATEWAY: Status = Status(502, "Bad Gateway", "Nix-Relay-Retry: no\r\n");
     pub const DRAINING: Status = Status(503, "Service Unavailable", "");
     pub const RETRY_LATER: Status = Status(503, "Service Unavailable", "Retry-After: 2\r\n");
     /// The second line tells our client that waiting helps.
