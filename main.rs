@@ -19,10 +19,12 @@ use config::{Config, Server, secs};
 use connection::{Port, Relay, Service};
 use log::{Level, error, info, warn};
 use oidc::Issuers;
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::fs::{Access, access};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::net::sockopt::socket_acceptconn;
-use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use rustix::process::{PidfdFlags, geteuid, getpid, pidfd_open};
 use sd_notify::NotifyState;
+use session::Daemon;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::{self, Write};
@@ -138,18 +140,38 @@ fn start_log() {
     logger.init();
 }
 
+/// Says what will harm sessions, or is more than they need.
+fn warn_of_surroundings(config: &Config) {
+    if getpid().is_init() {
+        warn!("running as PID 1, which does not reap orphans: start the container with --init");
+    }
+    if geteuid().is_root() {
+        warn!("running as root: a user of its own is enough");
+    }
+    if access(DAEMON_SOCKET, Access::WRITE_OK) == Err(Errno::ACCESS) {
+        warn!("{DAEMON_SOCKET} is closed to this user: add it to that file's group");
+    }
+    if let Err(answer) = Daemon::spawn(config, &config.daemon.extra_args) {
+        warn!(
+            "each session will be answered {}{}",
+            answer.status, answer.cause
+        );
+    }
+}
+
+/// Where Nix's own daemon listens, which `nix-daemon --stdio` forwards to unless it is root.
+const DAEMON_SOCKET: &str = "/nix/var/nix/daemon-socket/socket";
+
 /// Runs until the relay is told to stop and all sessions have ended or the grace is over. Fails
 /// if it cannot start.
 fn serve(config: Config, issuers: Issuers) -> io::Result<()> {
-    if std::process::id() == 1 {
-        warn!("running as PID 1, which does not reap orphans: start the container with --init");
-    }
     let refused = "pidfd_open(2), of Linux 5.3, is refused; does a seccomp profile forbid it";
     let itself = pidfd_open(getpid(), PidfdFlags::empty());
     itself.map_err(|e| io::Error::other(format!("{refused}: {e}")))?;
     metrics::BUILD_INFO.add(env!("CARGO_PKG_VERSION"), 1);
 
     let ports = ports(&config.server)?;
+    warn_of_surroundings(&config);
     let grace = secs(config.server.shutdown_grace_secs);
     let relay = Arc::new(Relay::new(config, issuers)?);
     watch_signals(relay.clone())?;
@@ -396,6 +418,8 @@ mod connection {
                 }
                 let (socket, peer) = match self.listener.accept() {
                     Ok((socket, peer)) => (Arc::new(socket), peer.to_string()),
+                    // Another relay was faster.
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => continue,
                     Err(e) => {
                         warn!("cannot accept error={e:?}");
                         thread::sleep(SCARCITY_PAUSE);
@@ -418,8 +442,6 @@ mod connection {
                     log_refusal(&peer, &answer);
                     let _ = answer.send(&socket, true);
                     thread::sleep(SCARCITY_PAUSE);
-                    // Another relay was faster.
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => continue,
                 }
             }
         }
@@ -1097,6 +1119,24 @@ mod oidc {
             Err(rejection)
         }
 
+        /// Why a token is refused whose signature is good, with what its job can change.
+        fn explain(&self, error: Option<&JWTError>, claims: &Value) -> String {
+            match error {
+                Some(JWTError::TokenHasExpired) => {
+                    let now = Clock::now_since_epoch().as_secs();
+                    format!("it expired at {}, and now it is {now}", claims["exp"])
+                }
+                Some(JWTError::RequiredAudienceMismatch) => {
+                    let found = claims["aud"].to_string();
+                    let found = quoted(found.trim_matches('"'));
+                    let wanted = &self.audiences;
+                    format!("its audience is {found}, and this relay wants one of {wanted:?}")
+                }
+                Some(e) => e.to_string(),
+                None => "a part of it cannot be read".into(),
+            }
+        }
+
         /// Asks for newer keys, because of why a token does not verify. Answers 401 if it has been
         /// checked with keys of a fetch that began after it came (`fetched`), and 503 if that fetch
         /// did not work, if too many wait, or if tokens have asked too often.
@@ -1119,24 +1159,6 @@ mod oidc {
                     }
                     cache.free_at = Some(now + FETCH_INTERVAL);
                     self.wanted.set();
-        /// Why a token is refused whose signature is good, with what its job can change.
-        fn explain(&self, error: Option<&JWTError>, claims: &Value) -> String {
-            match error {
-                Some(JWTError::TokenHasExpired) => {
-                    let now = Clock::now_since_epoch().as_secs();
-                    format!("it expired at {}, and now it is {now}", claims["exp"])
-                }
-                Some(JWTError::RequiredAudienceMismatch) => {
-                    let found = claims["aud"].to_string();
-                    let found = quoted(found.trim_matches('"'));
-                    let wanted = &self.audiences;
-                    format!("its audience is {found}, and this relay wants one of {wanted:?}")
-                }
-                Some(e) => e.to_string(),
-                None => "a part of it cannot be read".into(),
-            }
-        }
-
                     cache
                         .next
                         .insert(Arc::new(Event::new().map_err(no_keys)?))
@@ -1521,6 +1543,12 @@ mod session {
             let started =
                 spawned.and_then(|child| Daemon::new(child, config.daemon.max_connections));
             started.map_err(|e| {
+                let status = match Errno::from_io_error(&e) {
+                    Some(Errno::AGAIN | Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {
+                        http::RETRY_LATER
+                    }
+                    _ => http::BAD_GATEWAY,
+                };
                 let line = "nix-daemon does not start; the relay's log has the cause";
                 Answer::new(status, line).because(format!("{program}: {e}"))
             })
@@ -1543,12 +1571,6 @@ mod session {
             let share = (PIPES_BYTES / max_connections).max(1).ilog2();
             let size = 1 << share.clamp(SMALLEST_PIPE_LOG2, LARGEST_PIPE_LOG2);
             // An unprivileged user may be refused this. Smaller pipes work, too.
-                let status = match Errno::from_io_error(&e) {
-                    Some(Errno::AGAIN | Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {
-                        http::RETRY_LATER
-                    }
-                    _ => http::BAD_GATEWAY,
-                };
             let _ = fcntl_setpipe_size(&stdin, size);
             let _ = fcntl_setpipe_size(&stdout, size / 4);
             Ok(Daemon {
@@ -2478,7 +2500,7 @@ mod http {
     pub const BAD_GATEWAY: Status = Status(502, "Bad Gateway", "Nix-Relay-Retry: no\r\n");
     pub const DRAINING: Status = Status(503, "Service Unavailable", "");
     pub const RETRY_LATER: Status = Status(503, "Service Unavailable", "Retry-After: 2\r\n");
-    /// The second line tells our client that waiting helps.
+    /// The second line tells our client to wait for longer.
     pub const FULL: Status = Status(
         503,
         "Service Unavailable",
@@ -2799,6 +2821,16 @@ mod config {
         ),
     ];
 
+    /// The others that we know: this module's own, and the client's.
+    const OTHER_VARIABLES: [&str; 6] = [
+        "NIX_RELAY_CONFIG",
+        "NIX_RELAY_URL",
+        "NIX_RELAY_TOKEN",
+        "NIX_RELAY_TOKEN_COMMAND",
+        "NIX_RELAY_RETRY_SECS",
+        "NIX_RELAY_QUEUE_SECS",
+    ];
+
     /// The effective configuration. config.example.toml says what each key means.
     #[derive(Deserialize, Serialize)]
     #[serde(deny_unknown_fields)]
@@ -2843,7 +2875,7 @@ mod config {
     #[serde(deny_unknown_fields)]
     pub struct Daemon {
         pub nix_daemon_path: Program,
-        extra_args: Vec<String>,
+        pub extra_args: Vec<String>,
         pub timeout_secs: NonZeroU32,
         pub max_connections: NonZeroU32,
         pub queue_timeout_secs: QueueTimeout,
@@ -3047,7 +3079,7 @@ mod config {
     /// A sentence for each variable that looks like a setting of the relay and is none.
     pub fn warnings() -> impl Iterator<Item = String> {
         let known = |name: &str| {
-            name == "NIX_RELAY_CONFIG" || VARIABLES.iter().any(|(known, ..)| *known == name)
+            OTHER_VARIABLES.contains(&name) || VARIABLES.iter().any(|(known, ..)| *known == name)
         };
         let names = env::vars_os().filter_map(|(name, _)| name.into_string().ok());
         names
