@@ -18,6 +18,7 @@ let
     # By its path, so that it counts once under both names, and errors name it. `nix flake check` of Nix 2.8 refuses a
     # bare path.
     nix-relay.imports = [ ./module.nix ];
+    client.imports = [ ./client-module.nix ];
     default = nix-relay;
   };
 in

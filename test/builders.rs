@@ -2,6 +2,7 @@
 
 use crate::support::{nix::*, *};
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::process::{Child, Command, Stdio};
 
 /// The lines for nix.conf from README.md, and those of the tests.
@@ -116,6 +117,63 @@ fn with_a_nix_daemon_here_the_variables_must_be_its() {
             assert!(built, "{log}");
         }
     }
+}
+
+/// What services.nix-relay-client writes, with a nix-daemon that knows nothing else of the relay. Its PATH is no
+/// longer than on NixOS.
+#[test]
+fn a_nixos_machine_as_a_client() {
+    let (farm, dir) = (Farm::start(), Dir::new());
+    let runner = farm.runner();
+    let client = &crate::nixos::module()["client"];
+    let script = client["builder"].as_str().unwrap();
+    let (keys, url) = (dir.path(""), format!("ws://{}", farm.relay.address));
+    let script = script
+        .replace("/run/keys/", &keys.display().to_string())
+        .replace("wss://relay.example.com", &url)
+        .replace("/nix-relay/bin/nix-relay", env!("CARGO_BIN_EXE_nix-relay"));
+    let builder = dir.script("builder", "exec bash \"$0.bash\" \"$@\"");
+    dir.write("builder.bash", &script);
+    dir.write("it's", "no token");
+    let line = client["line"].as_str().unwrap();
+    let line = line
+        .replace("/nix-relay-builder", &builder.display().to_string())
+        .replace("x86_64", std::env::consts::ARCH);
+    let machines = dir.write("machines", &line).display().to_string();
+    let config =
+        format!("{CONFIG}builders = @{machines}\nmax-jobs = 0\nbuilders-use-substitutes = true\n");
+
+    let mut daemon = job(project("test/support/own-store"), &dir);
+    daemon.args(runner.nix(&[]).get_args().take(1));
+    let programs = dir.path("programs");
+    fs::create_dir(&programs).unwrap();
+    assert_eq!(client["path"], json!(["/bash"]));
+    for program in ["nix", "nix-daemon", "cat", "bash", "sh"] {
+        let found = Command::new("which").arg(program).output().unwrap();
+        symlink(texts(&found).0.trim(), programs.join(program)).unwrap();
+    }
+    let path = format!("PATH={}", programs.display());
+    daemon.args(["env", &path, "nix-daemon"]);
+    let _daemon = Daemon::start(daemon.env("NIX_CONFIG", &config));
+
+    let ping = || {
+        let ping = ["store", "ping", "--store", "daemon"];
+        runner.nix(&ping).status().unwrap().success()
+    };
+    eventually("the daemon is there", LIMIT, ping);
+    let file = runner.derivation("hello", "echo hello > $out");
+    let build = || {
+        let mut nix = runner.nix(&["build", "-L", "--no-link", "-f", &file]);
+        nix.env("NIX_REMOTE", "daemon").env("NIX_CONFIG", &config);
+        texts(&nix.output().unwrap()).1
+    };
+    let log = build();
+    assert!(log.contains("nix-relay: the token from "), "{log}");
+    dir.write("it's", &farm.issuer.token());
+    let log = build();
+    let path = runner.out_path(&file);
+    assert!(runner.file(&path).exists(), "{log}");
+    assert_eq!(fs::read(farm.file(&path)).unwrap(), b"hello\n");
 }
 
 /// The relay's nix-daemon builds nothing itself: it has a builder in turn, which it reaches through another relay.

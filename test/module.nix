@@ -1,5 +1,6 @@
-# nix/module.nix in many situations: `failures` holds what is not as it should be, `written` every configuration file,
-# `service` what is different in the unit, and `size` the script that makes a file system.
+# nix/module.nix and nix/client-module.nix in many situations: `failures` holds what is not as it should be, `written`
+# every configuration file, `service` what is different in the unit, `size` the script that makes a file system, and
+# `client` what a client has Nix run and do.
 # With the lib of nixpkgs where NIXPKGS_LIB says, else with a stand-in.
 {
   lib ? import (
@@ -49,8 +50,9 @@ let
       assert match ".*\"\\$check\" --check \"\\$written\".*" script != null;
       "${environment.check} ${environment.written}";
     stdenv.buildPlatform.canExecute = _: true;
-    stdenv.hostPlatform = "here";
+    bash = "/bash";
     coreutils = "/coreutils";
+    stdenv.hostPlatform.system = "x86_64-linux";
     e2fsprogs = package "e2fsprogs";
     writeShellScript = name: text: "/${name}: ${text}";
     writeText = name: text: "/${name}: ${text}";
@@ -64,6 +66,23 @@ let
     nix = package "nix";
   };
 
+  # The line of /etc/nix/machines, as NixOS makes it.
+  line =
+    machine:
+    let
+      comma = words: if words == [ ] then "-" else builtins.concatStringsSep "," words;
+    in
+    builtins.concatStringsSep " " [
+      "${machine.protocol}://${machine.hostName}"
+      (comma machine.systems)
+      "-"
+      (toString machine.maxJobs)
+      (toString machine.speedFactor)
+      (comma (machine.supportedFeatures ++ machine.mandatoryFeatures))
+      (comma machine.mandatoryFeatures)
+      "-"
+    ];
+
   # What a machine with this configuration has of nix-relay.
   see =
     configuration:
@@ -74,6 +93,7 @@ let
             # Under both names, as one may import it.
             nixosModules.default
             nixosModules.nix-relay
+            nixosModules.client
             nixos
             configuration
           ];
@@ -81,6 +101,8 @@ let
         })
         config
         ;
+      # The script is its own path.
+      builder = match "(.*)/nix-relay-builder: (.*\n)( .*)" (line (head config.nix.buildMachines));
       unit = config.systemd.services.nix-relay;
       start = match "/nix-relay/bin/nix-relay /nix-relay/bin/nix-relay (.*)" (
         lib.last unit.serviceConfig.ExecStart
@@ -92,6 +114,9 @@ let
       toml = builtins.fromJSON (head start);
       ports = config.networking.firewall.allowedTCPPorts;
       nix = config.nix.settings;
+      inherit (config.nix) buildMachines distributedBuilds;
+      builder = builtins.elemAt builder 1;
+      line = "${head builder}/nix-relay-builder${lib.last builder}";
       inherit (config.systemd)
         mounts
         packages
@@ -113,6 +138,14 @@ let
       enable = true;
     }
     // relay;
+  };
+  client = client: {
+    services.nix-relay-client = {
+      enable = true;
+      url = "wss://relay.example.com";
+      tokenFile = "/run/keys/it's";
+    }
+    // client;
   };
   settings =
     settings:
@@ -229,6 +262,8 @@ let
         services = { };
         sockets = { };
         nix = { };
+        buildMachines = [ ];
+        distributedBuilds = false;
         nginx = no-nginx;
         warnings = [ ];
         tmpfiles.rules = [ ];
@@ -664,6 +699,81 @@ let
       };
     };
 
+    client = {
+      given = client { };
+      seen = {
+        wrong = [ ];
+        warnings = [ ];
+        services = services: services.nix-daemon.path == [ "/bash" ];
+        distributedBuilds = true;
+        nix.builders-use-substitutes = true;
+        line = "ssh-ng://localhost?remote-program=/nix-relay-builder x86_64-linux - 4 1 benchmark,big-parallel,nixos-test - -";
+        builder = exports {
+          NIX_RELAY_TOKEN_COMMAND = "cat '/run/keys/it'\\''s'";
+          NIX_RELAY_URL = "wss://relay.example.com";
+          SSL_CERT_FILE = "/etc/ssl/certs/ca-certificates.crt";
+        };
+      };
+    };
+    client-with-all = {
+      given = client {
+        tokenFile = null;
+        tokenCommand = "printf '%s' \"$NIX_RELAY_AUDIENCE\"";
+        audience = "https://relay.example.com";
+        environment = {
+          NIX_RELAY_RETRY_SECS = "5";
+          SSL_CERT_FILE = "/own.pem";
+        };
+        systems = [
+          "aarch64-linux"
+          "i686-linux"
+        ];
+        maxJobs = 8;
+        speedFactor = 2;
+        supportedFeatures = [ "kvm" ];
+        mandatoryFeatures = [ "slow" ];
+      };
+      seen = {
+        wrong = [ ];
+        line = "ssh-ng://localhost?remote-program=/nix-relay-builder aarch64-linux,i686-linux - 8 2 kvm,slow slow -";
+        builder = exports {
+          NIX_RELAY_AUDIENCE = "https://relay.example.com";
+          NIX_RELAY_RETRY_SECS = "5";
+          NIX_RELAY_TOKEN_COMMAND = "printf '%s' \"$NIX_RELAY_AUDIENCE\"";
+          NIX_RELAY_URL = "wss://relay.example.com";
+          SSL_CERT_FILE = "/own.pem";
+        };
+      };
+    };
+    client-beside-others = {
+      given = beside (client { }) { nix.buildMachines = [ { hostName = "other"; } ]; };
+      seen.buildMachines = machines: builtins.length machines == 2;
+    };
+    client-beside-the-relay = {
+      given = beside (settings { }) (client { });
+      seen.wrong = [ ];
+    };
+    client-without-a-token = {
+      given = client { tokenFile = null; };
+      seen.wrong = wrong ".*set either .*tokenFile or .*tokenCommand\\.";
+    };
+    client-with-two = {
+      given = client { tokenCommand = "true"; };
+      seen.wrong = wrong ".*set either .*tokenFile or .*tokenCommand\\.";
+    };
+    client-with-its-token-in-the-store = {
+      given = client { tokenFile = "${builtins.storeDir}/token"; };
+      seen.wrong = wrong ".*set .*tokenFile to a file elsewhere.*";
+    };
+    client-with-its-token-in-the-open = {
+      given = client { environment.NIX_RELAY_TOKEN = "token"; };
+      seen.wrong = wrong ".*set .*tokenFile to a file that has it\\.";
+    };
+    client-without-nix = {
+      given = beside (client { }) { nix.enable = false; };
+      seen.wrong = wrong "nix.enable is false.*set nix.enable to true.*";
+    };
+
     store-for-everybody = {
       given = with' { stores.own = { }; };
       seen.wrong = wrong ".*set bound_claims .*";
@@ -749,6 +859,11 @@ let
       seen.wrong = wrong ".*\"host:8080\" .*server.listen .*socketActivation to false\\.";
     };
   };
+  exports =
+    variables:
+    "export "
+    + lib.escapeShellArgs (lib.mapAttrsToList (name: value: "${name}=${value}") variables)
+    + "\n${builtins.readFile ../.github/actions/client/messages}\nexec /nix-relay/bin/nix-relay \"$@\"\n";
   warned = wrong;
   wrong = pattern: messages: builtins.length messages == 1 && match pattern (head messages) != null;
 
@@ -785,6 +900,15 @@ let
       keepResults = 0;
       settings.auth.allowed_org = "org";
     };
+    client-of-nothing = client { url = "https://relay.example.com"; };
+    client-without-a-url.services.nix-relay-client = {
+      enable = true;
+      tokenFile = "/token";
+    };
+    # It would be copied into the store.
+    client-with-its-token-beside = client { tokenFile = ./module.nix; };
+    client-with-its-token-somewhere = client { tokenFile = "token"; };
+    client-that-builds-nothing = client { maxJobs = 0; };
     queue-timeout-is-negative = settings { daemon.queue_timeout_secs = -1; };
     store-of-no-size = with' {
       stores.own = {
@@ -805,9 +929,24 @@ let
     name:
     (builtins.tryEval (
       let
-        inherit (see refused.${name}) mounts nix toml;
+        given = refused.${name};
+        inherit (see given)
+          buildMachines
+          mounts
+          nix
+          toml
+          ;
       in
-      builtins.deepSeq [ mounts nix toml ] true
+      builtins.deepSeq (
+        if given.services ? nix-relay then
+          [
+            mounts
+            nix
+            toml
+          ]
+        else
+          buildMachines
+      ) true
     )).success
   ) (attrNames refused);
 
@@ -830,9 +969,13 @@ let
       name = "${name}.${key}";
       value = all.${key};
     }) bad;
-  good = filter (name: (situations.${name}.seen.wrong or null) == [ ] && name != "disabled") (
-    attrNames situations
-  );
+  good = filter (
+    name:
+    let
+      inherit (situations.${name}) given seen;
+    in
+    (seen.wrong or null) == [ ] && given ? services.nix-relay
+  ) (attrNames situations);
 in
 {
   failures =
@@ -849,6 +992,10 @@ in
       else
         { }
     );
+  client = {
+    inherit (see situations.client.given) builder line;
+    inherit ((see situations.client.given).services.nix-daemon) path;
+  };
   service = (see situations.least.given).services.nix-relay.serviceConfig;
   size = (see situations.stores.given).services.nix-relay-size-offline.script;
   written = listToAttrs (

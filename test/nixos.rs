@@ -7,7 +7,8 @@ use std::fs;
 use std::process::Command;
 
 /// The files that Nix sees, where nothing else is.
-const SOURCES: [&str; 10] = [
+const SOURCES: [&str; 11] = [
+    ".github",
     "Cargo.lock",
     "Cargo.toml",
     "client.sh",
@@ -34,7 +35,7 @@ fn flake() -> (Runner, Dir, String) {
 }
 
 /// What test/module.nix finds.
-fn module() -> Value {
+pub fn module() -> Value {
     let home = Dir::new();
     let mut command = job("nix-instantiate", &home);
     command.args([
@@ -191,7 +192,7 @@ fn the_flake_has_its_outputs() {
         names(&shown["formatter"]),
         "aarch64-darwin aarch64-linux x86_64-darwin x86_64-linux"
     );
-    assert_eq!(names(&shown["nixosModules"]), "default nix-relay");
+    assert_eq!(names(&shown["nixosModules"]), "client default nix-relay");
     assert_eq!(names(&shown["overlays"]), "default");
 }
 

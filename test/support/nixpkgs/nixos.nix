@@ -5,6 +5,8 @@ let
     anything
     attrsOf
     bool
+    enum
+    int
     listOf
     nullOr
     str
@@ -27,6 +29,21 @@ in
       assertions = option (listOf anything) [ ];
       networking.firewall.allowedTCPPorts = option (listOf anything) [ ];
       networking.proxy.envVars = option anything { };
+      nix.buildMachines = option (listOf (submodule {
+        options = {
+          hostName = lib.mkOption { type = str; };
+          protocol = option (enum [
+            "ssh"
+            "ssh-ng"
+          ]) "ssh";
+          systems = option (listOf str) [ ];
+          maxJobs = option int 1;
+          speedFactor = option int 1;
+          supportedFeatures = option (listOf str) [ ];
+          mandatoryFeatures = option (listOf str) [ ];
+        };
+      })) [ ];
+      nix.distributedBuilds = option bool false;
       nix.enable = option bool true;
       nix.package = option anything nix;
       nix.settings = option (attrsOf anything) { };

@@ -169,6 +169,7 @@ let
         pattern:
         one "a string of that form" (value: isString value && builtins.match pattern value != null);
       path = one "an absolute path" (value: isPath value || isString value && substring 0 1 value == "/");
+      enum = values: one "one of those" (value: builtins.elem value values);
       package = one "a package" (value: value.type or null == "derivation");
       nullOr =
         type:
@@ -304,6 +305,9 @@ let
           value = f name;
         }) names
       );
+    escapeShellArg = text: "'${builtins.replaceStrings [ "'" ] [ "'\\''" ] text}'";
+    escapeShellArgs = texts: builtins.concatStringsSep " " (map lib.escapeShellArg texts);
+    mapAttrsToList = f: set: map (name: f name set.${name}) (attrNames set);
     licenses.mit = "MIT";
     optional = condition: one: if condition then [ one ] else [ ];
     optionalString = condition: text: if condition then text else "";
