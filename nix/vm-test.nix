@@ -81,7 +81,15 @@ in
   };
 
   nodes.runner = {
-    imports = [ alone ];
+    imports = [
+      ./client-module.nix
+      alone
+    ];
+    services.nix-relay-client = {
+      enable = true;
+      url = "ws://plain:8080";
+      tokenFile = "/run/token";
+    };
     environment.systemPackages = [ nix-relay-client ];
     environment.etc."client.sh".source = lib.getExe client-sh;
     environment.etc."hello.nix".text = ''
@@ -145,6 +153,17 @@ in
     stores.succeed("mountpoint /var/lib/nix-relay/main")
     stores.succeed("systemctl start nix-relay-gc-main.service")
     stores.fail(f"test -e /var/lib/nix-relay/main{path}")
+
+    # As one of the builders, plain builds for whoever asks nix-daemon.
+    token = plain.succeed(
+        "curl -sSf -H 'Authorization: Bearer request-token-of-the-job' "
+        "'http://127.0.0.1:8000/token?audience=api://nix-relay' | jq -r .value"
+    ).strip()
+    runner.succeed(f"umask 077; echo {token} >/run/token")
+    path = runner.succeed(
+        "nix build --store daemon --max-jobs 0 --no-link --print-out-paths -f /etc/hello.nix"
+    ).strip()
+    runner.succeed(f"grep hello {path}")
 
     # Nothing else is there to be seen, but what the operator adds.
     runner.succeed("test $(curl -sk -o /dev/null -w '%{http_code}' https://tls/healthz) = 404")
