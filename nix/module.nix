@@ -76,6 +76,27 @@ let
     done
   '';
 
+  # If relays take turns, the unit is a template, and each configuration has an instance.
+  unit = "nix-relay${lib.optionalString cfg.takeTurns "@"}";
+  service = config.systemd.services.${unit};
+  instance = "${unit}${
+    builtins.substring 0 12 (
+      builtins.hashString "sha256" (builtins.toJSON { inherit (service) environment serviceConfig; })
+    )
+  }.service";
+  units = pkgs.runCommandLocal "nix-relay-units" { } ''
+    mkdir -p $out/lib/systemd/system
+    cd ${cfg.package}/lib/systemd/system
+    cp nix-relay.socket $out/lib/systemd/system/
+    cp nix-relay.service $out/lib/systemd/system/nix-relay@.service
+  '';
+  retire = pkgs.writeShellScript "nix-relay-retire" ''
+    PATH=${pkgs.systemd}/bin
+    systemctl list-units --plain --no-legend 'nix-relay@*.service' | while read -r unit _; do
+      [ "$unit" = "$1" ] || systemctl stop --no-block "$unit"
+    done
+  '';
+
   configFile =
     pkgs.runCommand "nix-relay.toml"
       {
@@ -124,7 +145,11 @@ in
             example = "127.0.0.1:9090";
             description = "Address and port of `/healthz` and `/metrics`; empty for none.";
           };
-          shutdown_grace_secs = seconds "How long running sessions may go on after SIGTERM.";
+          shutdown_grace_secs = seconds "How long running sessions may go on after SIGTERM." // {
+            default =
+              if cfg.takeTurns then cfg.settings.daemon.timeout_secs else defaults.server.shutdown_grace_secs;
+            defaultText = lib.literalMD "`30`, or `daemon.timeout_secs` with `takeTurns`";
+          };
           handshake_timeout_secs = seconds' "How long a client may take to send its request.";
           keepalive_secs = seconds "Seconds between pings; 0 for none.";
         };
@@ -230,6 +255,16 @@ in
       '';
     };
 
+    takeTurns = mkOption {
+      type = types.bool;
+      default = false;
+      description = ''
+        Whether a switch ends no session: it starts a relay beside the old one, which goes on until its last session has
+        ended. Both have the socket of `socketActivation`. Meanwhile each counts its own `daemon.max_connections`, and
+        has its own `MemoryMax`. The unit is a template, so its settings are those of `systemd.services."nix-relay@"`.
+      '';
+    };
+
     trustClients = mkOption {
       type = types.bool;
       default = false;
@@ -301,6 +336,14 @@ in
         assertion = cfg.socketActivation -> isNumeric;
         message = "systemd cannot listen on the name in \"${listen}\" for nix-relay: set services.nix-relay.settings.server.listen to an IP address and port, or services.nix-relay.socketActivation to false.";
       }
+      {
+        assertion = cfg.takeTurns -> cfg.socketActivation;
+        message = "Only a socket of systemd's can be that of two relays: with services.nix-relay.takeTurns, set services.nix-relay.socketActivation to true.";
+      }
+      {
+        assertion = cfg.takeTurns -> admin_listen == "";
+        message = "Two relays cannot both listen on ${admin_listen}: set services.nix-relay.settings.server.admin_listen to \"\", or services.nix-relay.takeTurns to false.";
+      }
     ];
     warnings =
       lib.optional (cfg.openFirewall && !isLocal)
@@ -329,11 +372,12 @@ in
     # The units of the package, with what is different here; all else is said there. Without `asDropin`, NixOS would
     # make a unit of this alone where the package brings none, and run the relay without what protects the machine. But
     # a drop-in masks no unit.
-    systemd.packages = [ cfg.package ];
-    systemd.services.nix-relay = {
-      overrideStrategy =
-        if config.systemd.services.nix-relay.enable then "asDropin" else "asDropinIfExists";
-      wantedBy = [ "multi-user.target" ];
+    systemd.packages = [ (if cfg.takeTurns then units else cfg.package) ];
+    systemd.targets.multi-user.wants = lib.mkIf cfg.takeTurns [ instance ];
+    systemd.services.${unit} = {
+      overrideStrategy = if service.enable then "asDropin" else "asDropinIfExists";
+      wantedBy = lib.mkIf (!cfg.takeTurns) [ "multi-user.target" ];
+      restartIfChanged = lib.mkIf cfg.takeTurns false;
       requires = lib.mkIf cfg.socketActivation [ "nix-relay.socket" ];
       # At a switch, the old relay goes on until the new one can start.
       stopIfChanged = false;
@@ -349,6 +393,9 @@ in
           ""
           "${lib.getExe cfg.package} ${configFile}"
         ];
+        # Once the new relay is ready, the old ones hear that they are to stop; nobody waits for them.
+        ExecStartPost = lib.mkIf cfg.takeTurns "-+${retire} %n";
+        Sockets = lib.mkIf cfg.takeTurns "nix-relay.socket";
         # As the package has it; so that it can be asked for here.
         User = "nix-relay";
         # The configuration was checked, so what is wrong is something that may yet come, such as a file of keys.
@@ -364,6 +411,7 @@ in
         ""
         listen
       ];
+      socketConfig.Service = lib.mkIf cfg.takeTurns instance;
     };
 
     networking.firewall.allowedTCPPorts = lib.mkIf (cfg.openFirewall && address != null) [

@@ -182,7 +182,7 @@ in
 
     systemd.mounts = map mount limited;
     systemd.services = builtins.listToAttrs (map collection stores ++ map making limited) // {
-      nix-relay = {
+      "nix-relay${lib.optionalString cfg.takeTurns "@"}" = {
         path = programs;
         unitConfig.RequiresMountsFor = map ({ name, ... }: directory name) limited;
         serviceConfig = permissions;

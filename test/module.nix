@@ -54,6 +54,10 @@ let
     coreutils = "/coreutils";
     stdenv.hostPlatform.system = "x86_64-linux";
     e2fsprogs = package "e2fsprogs";
+    runCommandLocal =
+      name: _: script:
+      "/${name}: ${script}";
+    systemd = "/systemd";
     writeShellScript = name: text: "/${name}: ${text}";
     writeText = name: text: "/${name}: ${text}";
     bubblewrap = package "bubblewrap";
@@ -103,7 +107,7 @@ let
         ;
       # The script is its own path.
       builder = match "(.*)/nix-relay-builder: (.*\n)( .*)" (line (head config.nix.buildMachines));
-      unit = config.systemd.services.nix-relay;
+      unit = config.systemd.services.nix-relay or config.systemd.services."nix-relay@";
       start = match "/nix-relay/bin/nix-relay /nix-relay/bin/nix-relay (.*)" (
         lib.last unit.serviceConfig.ExecStart
       );
@@ -122,6 +126,7 @@ let
         packages
         services
         sockets
+        targets
         tmpfiles
         ;
       inherit unit;
@@ -147,6 +152,16 @@ let
     }
     // client;
   };
+  turns =
+    more:
+    with' (
+      {
+        takeTurns = true;
+        socketActivation = true;
+        settings.auth.allowed_org = "org";
+      }
+      // more
+    );
   settings =
     settings:
     with' {
@@ -251,6 +266,9 @@ let
     }
   );
 
+  wanted = configuration: (see configuration).targets.multi-user.wants;
+  instances = more: wanted (turns more);
+
   # What is given; and what is seen then, where a function says whether it is right.
   situations = {
     disabled = {
@@ -350,6 +368,64 @@ let
           ];
         };
       };
+    };
+    turns = {
+      given = turns { };
+      seen = {
+        wrong = [ ];
+        services =
+          services:
+          attrNames services == [ "nix-relay@" ]
+          && (
+            let
+              unit = services."nix-relay@";
+            in
+            unit.overrideStrategy == "asDropin"
+            && !unit.restartIfChanged
+            && !unit ? wantedBy
+            && unit.requires == [ "nix-relay.socket" ]
+            && unit.serviceConfig.Sockets == "nix-relay.socket"
+            && unit.serviceConfig.TimeoutStopSec == 3630
+            && match "-\\+/nix-relay-retire: .* %n" unit.serviceConfig.ExecStartPost != null
+          );
+        toml = toml: toml.server.shutdown_grace_secs == 3600;
+        sockets = sockets: [ sockets.nix-relay.socketConfig.Service ] == instances { };
+        packages = packages: match "/nix-relay-units: .*" (head packages) != null;
+      };
+    };
+    # What is not the same has another instance, and what is has the same.
+    turns-of-one-configuration = {
+      given = turns { };
+      seen.targets =
+        { multi-user, ... }:
+        multi-user.wants == instances { }
+        && multi-user.wants != instances { settings.auth.allowed_org = "other"; }
+        &&
+          multi-user.wants
+          != wanted (beside (turns { }) { systemd.services."nix-relay@".serviceConfig.MemoryMax = "4G"; })
+        && match "nix-relay@[0-9a-f]{12}\\.service" (head multi-user.wants) != null;
+    };
+    turns-with-stores = {
+      given = turns { stores.own.rule = { inherit (rule) bound_claims; }; };
+      seen = {
+        wrong = [ ];
+        services =
+          services:
+          !services ? nix-relay && services."nix-relay@".serviceConfig.StateDirectory == "nix-relay";
+      };
+    };
+    turns-without-a-socket = {
+      given = turns { socketActivation = false; };
+      seen.wrong = wrong ".*set services.nix-relay.socketActivation to true\\.";
+    };
+    turns-with-one-port-for-metrics = {
+      given = turns {
+        settings = {
+          auth.allowed_org = "org";
+          server.admin_listen = "127.0.0.1:9090";
+        };
+      };
+      seen.wrong = wrong ".*listen on 127.0.0.1:9090: set .*admin_listen to \"\", or .*takeTurns to false\\.";
     };
     socket-ipv6 = {
       given = with' {

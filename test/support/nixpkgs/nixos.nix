@@ -59,6 +59,7 @@ in
         overrideStrategy = option str "asDropinIfExists";
       })) { };
       systemd.sockets = option (attrsOf anything) { };
+      systemd.targets = option (attrsOf anything) { };
       systemd.tmpfiles.rules = option (listOf str) [ ];
       users.groups = option (attrsOf anything) { };
       users.users = option (attrsOf anything) { };
