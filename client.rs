@@ -15,6 +15,7 @@ use rustix::pipe::fcntl_setpipe_size;
 use rustix::process::{Pid, Signal, kill_process_group};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore};
+use std::fs::File;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
@@ -53,8 +54,11 @@ const REMINDER: Duration = Duration::from_secs(60);
 /// The size of the two pipes to Nix. With smaller ones, Nix and the client often wait for
 /// each other.
 const PIPE_BYTES: usize = 512 << 10;
-/// The most that an unprivileged user is granted (pipe(7)).
+/// The size of standard error, and of what a wrapper may have put in its place and left to us as
+/// this. With `builders`, Nix's log of a build goes there, and Nix reads none of it while another
+/// build waits for its session. An unprivileged user gets no more (pipe(7)).
 const LOG_BYTES: usize = 1 << 20;
+const NIX_STDERR: &str = "/dev/fd/3";
 /// Limits on the head or body of an answer, and on a token.
 const MAX_ANSWER_BYTES: u64 = 64 << 10;
 const MAX_TOKEN_BYTES: u64 = 16 << 10;
@@ -142,9 +146,10 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
         // An unprivileged user may be refused this.
         let _ = fcntl_setpipe_size(pipe, PIPE_BYTES);
     }
-    // With `builders`, this is where Nix's log of the build goes. Nix reads none of it while
-    // another build waits for its session.
     let _ = fcntl_setpipe_size(io::stderr(), LOG_BYTES);
+    if let Ok(log) = File::options().write(true).open(NIX_STDERR) {
+        let _ = fcntl_setpipe_size(log, LOG_BYTES);
+    }
     link.run(&[], session.receiving, pipes, || {
         while link.end.get().is_none() {
             let until = keepalive.check(&link);

@@ -69,6 +69,19 @@ fn builds_there_what_is_wanted_here() {
     assert_eq!(fs::read(farm.file(&path)).unwrap(), b"hello again\n");
 }
 
+#[test]
+fn a_build_that_fails_there() {
+    let farm = Farm::start();
+    let runner = farm.runner();
+    let file = runner.derivation("failing", "echo the reason; exit 1");
+    let mut build = runner.nix(&["build", "-L", "--no-link", "-f", &file]);
+    let said = texts(&build.env("NIX_CONFIG", config()).output().unwrap()).1;
+    assert!(said.contains("the reason"), "{said}");
+    let row = ["error: path '", "' is not valid"];
+    let has_row = row.iter().all(|part| said.contains(part));
+    assert_eq!(has_row, nix_version() >= (2, 26), "{said}");
+}
+
 /// The build hook runs where the store is.
 #[test]
 fn with_a_nix_daemon_here_the_variables_must_be_its() {

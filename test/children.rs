@@ -212,7 +212,29 @@ fn a_daemon_that_does_not_exist() {
     relay
         .log
         .wait("log has the cause: /nonexistent/daemon: No such file");
+    let text = relay.log.text();
+    let warning = " each session will be answered 502: /nonexistent/daemon: No such file";
+    assert!(text.contains(warning), "{text}");
     relay.back_to(before);
+}
+
+/// As root we have more than we need; as somebody else perhaps less.
+#[test]
+fn a_user_from_whom_the_socket_of_nix_is_kept() {
+    let (issuer, dir) = (Issuer::start(), Dir::new());
+    let copy = dir.path("relay").display().to_string();
+    let root = Relay::start(&issuer).log.text();
+    let relay = Setup::new(&issuer).under(&format!(
+        "install -m 755 \"$0\" {copy}
+         exec unshare --mount bash -c 'mount -t tmpfs none /nix
+           mkdir -p /nix/var/nix && mkdir -m 700 /nix/var/nix/daemon-socket
+           exec setpriv --reuid=1 --clear-groups {copy}'"
+    ));
+    let other = relay.start().log.text();
+    for (warning, of_root) in [("running as root", true), ("socket is closed to", false)] {
+        assert!(root.contains(warning) == of_root, "{root}");
+        assert!(other.contains(warning) != of_root, "{other}");
+    }
 }
 
 #[test]

@@ -631,21 +631,56 @@ fn a_full_relay_that_has_room_later() {
 #[test]
 fn a_relay_that_stays_broken() {
     let issuer = Issuer::start();
-    let relay = Setup::new(&issuer).set("DAEMON_PATH", "/nothing").start();
+    issuer.answer("/jwks", 500, "");
+    let relay = Relay::start(&issuer);
     let mut command = client_of(&relay, &issuer);
     let lines = failures(command.env("NIX_RELAY_RETRY_SECS", "2"));
     assert_eq!(lines.len(), 2, "{lines:?}");
     assert!(
         lines
             .iter()
-            .all(|line| line.starts_with("the relay refused: 502: ")),
+            .all(|line| line.starts_with("the relay refused: 503: ")),
         "{lines:?}"
     );
     assert!(
         lines[0].ends_with("trying again for up to 2 s"),
         "{lines:?}"
     );
-    assert!(relay.log.text().matches(" status=502 ").count() >= 2);
+    assert!(relay.log.text().matches(" status=503 ").count() >= 2);
+}
+
+/// By a header, since a 502 of a proxy may pass.
+#[test]
+fn a_nix_daemon_that_cannot_be_run_is_not_waited_for() {
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer).set("DAEMON_PATH", "/nothing").start();
+    let line = failure(&mut client_of(&relay, &issuer));
+    assert!(line.starts_with("the relay refused: 502: "), "{line}");
+}
+
+/// That of the client, and Nix's behind what the action puts between them.
+#[test]
+fn the_log_of_a_build_gets_a_larger_pipe() {
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let messages = fs::read_to_string(project(".github/actions/client/messages")).unwrap();
+    let wrapper = format!("{messages}\nexec {} --stdio", native().display());
+    for wrap in [false, true] {
+        let (log, stderr) = std::io::pipe().unwrap();
+        let mut client = client_of(&relay, &issuer);
+        let mut bash = Command::new("bash");
+        let variables = client.get_envs();
+        bash.args(["-c", &wrapper])
+            .envs(variables.filter_map(|(name, value)| Some((name, value?))));
+        let command = if wrap { &mut bash } else { &mut client };
+        let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.stderr(stderr).spawn().unwrap();
+        eventually("the pipe is larger", LIMIT, || {
+            rustix::pipe::fcntl_getpipe_size(&log).unwrap() == 1 << 20
+        });
+        drop(child.stdin.take());
+        assert!(wait(&mut child, LIMIT).success());
+    }
 }
 
 #[test]

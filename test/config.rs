@@ -582,6 +582,9 @@ fn a_variable_of_no_key_is_ignored_with_a_warning() {
     let warning = "nix-relay: warning: \"NIX_RELAY_MAX_CONNECTION\" is no setting of the relay";
     assert!(said.starts_with(warning), "{said}");
 
+    // The client's are no mistake.
+    effective(check().env("NIX_RELAY_URL", "wss://relay.example.com"));
+
     let issuer = Issuer::start();
     let relay = Setup::new(&issuer).set("MAX_CONNECTION", "5").start();
     let line = relay.log.wait("\"NIX_RELAY_MAX_CONNECTION\" is no setting");
