@@ -104,6 +104,31 @@ fn pongs_between_large_frames() {
     assert_eq!(length, ALL);
 }
 
+/// Pongs alone fill the connection to a client that does not read yet. What waits then is the answer to the last ping.
+#[test]
+fn the_last_of_many_pings_is_answered() {
+    const PINGS: u32 = 100_000;
+    let issuer = Issuer::start();
+    let relay = Setup::new(&issuer)
+        .daemon("head -c 1 >/dev/null; echo all pings are read >&2; exec cat")
+        .set("KEEPALIVE_SECS", "0")
+        .start();
+    let mut client = relay.connect(&issuer.token());
+    let ping = |number: u32| frame(PING, &[number.to_be_bytes().as_slice(), &[0; 121]].concat());
+    client.raw(&(1..=PINGS).flat_map(ping).collect::<Vec<_>>());
+    client.send("x");
+    relay.log.wait("all pings are read");
+
+    let (mut pongs, mut last) = (0, vec![]);
+    while !last.starts_with(&PINGS.to_be_bytes()) {
+        match client.0.read().unwrap() {
+            Message::Pong(payload) => (pongs, last) = (pongs + 1, payload.to_vec()),
+            other => panic!("{other:.60?}"),
+        }
+    }
+    assert!(pongs < PINGS, "they never filled it");
+}
+
 #[test]
 fn frames_of_every_length() {
     let (_relay, mut client) = quiet();
