@@ -195,7 +195,7 @@ connect() {
 # Finds why there is no session: `reason`, and whether the relay is `full`. Asks as websocat did, and reads no more of the
 # answer than it shows, as that may be long, or the session that websocat did not get.
 diagnose() {
-  local seconds=11 curl line status='' body='' hint version
+  local seconds=11 curl line status='' text='' body='' hint version
   version=$(websocat --version 2>&1) || true
   ! [[ $version =~ $is_old ]] || fail "$version is too old: install 1.14 or newer (cargo install websocat)"
   # A full relay lets curl wait, too.
@@ -213,18 +213,20 @@ diagnose() {
     case $line in
       HTTP/*) status=${line#* } ;;
       [Nn]ix-[Rr]elay-[Qq]ueue:*full*) full=yes ;;
+      [Cc]ontent-[Tt]ype:*text/plain*) text=yes ;;
       '' | 'curl: ('*) break ;;
     esac
   done
   [[ ! $status || $status == 101* ]] || IFS= read -r -d '' -n 16384 body <&7 || true
   kill "$curl" 2>/dev/null || true
 
-  body=$(shown "$body")
   hint='does the relay run, and is NIX_RELAY_URL right?'
-  if [[ $body == '<'* ]]; then
-    reason="a proxy or web server answered in the relay's place: $(shown "${status/ /: }"); $hint"
-  elif [[ $status && $status != 101* ]]; then
+  # The relay's codes end with 503, and those of large proxies begin with 520.
+  if [[ $text && ($status == 4* || $status == 50[0-3]*) ]]; then
+    body=$(shown "$body")
     reason="the relay refused: ${status%% *}: ${body:-$(shown "${status#* }")}"
+  elif [[ $status && $status != 101* ]]; then
+    reason="a proxy or web server answered in the relay's place: $(shown "${status/ /: }"); $hint"
   elif [[ $said == *'(503 '* ]]; then
     # Now it has room.
     full=yes reason="the relay refused: $said"

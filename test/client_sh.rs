@@ -324,7 +324,7 @@ fn a_token_request_is_tried_again() {
 fn what_a_relay_says_is_shown_without_harm() {
     let home = Dir::new();
     let strange = "a\x1b]0;b\x07c\u{9b}d\u{202e}e\u{2066}f\u{61c}g\u{7f}h";
-    let head = "HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n";
+    let head = "HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n";
     let body = strange.to_owned() + &"x".repeat(5_000_000);
     let address = stranger(move |_, mut stream| {
         read_head(&mut stream);

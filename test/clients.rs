@@ -249,6 +249,20 @@ fn answers_of_others() {
                 <html><head></head><body>nginx</body></html>\n";
     let of_a_proxy = ["a proxy or web server answered in the relay's place", "502"];
     both_fail(&home, &answering(page), &token, &of_a_proxy);
+    // Text that the relay, whose codes end with 503, would not send.
+    for (answer, status) in [
+        (
+            "HTTP/1.1 521\r\nContent-Type: text/plain\r\nContent-Length: 15\r\n\r\nerror code: 521",
+            "521",
+        ),
+        (
+            "HTTP/1.1 301 Moved\r\nLocation: https://elsewhere.invalid/\r\nContent-Length: 0\r\n\r\n",
+            "301",
+        ),
+    ] {
+        let of_a_proxy = [of_a_proxy[0], status];
+        both_fail(&home, &answering(answer), &token, &of_a_proxy);
+    }
     let strange = "HTTP/1.1 403 No\r\nContent-Type: text/plain\r\nContent-Length: 5000000\r\n\r\na\x1b]0;b\x07c\u{9b}d\u{202e}e\u{2066}f\u{61c}g\nnor anyone";
     let address = answering(strange);
     for mut command in clients(&home, &address) {
