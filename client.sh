@@ -43,6 +43,26 @@ for program in curl websocat cat env sh sleep; do
 done
 [[ ! $missing ]] || fail "not installed: ${missing#, }"
 
+# What may mend a connection that ended with these words.
+advice() {
+  local own='if the CA is your own, set SSL_CERT_FILE to its certificate'
+  [[ ! $authorities ]] || own="$authorities lacks its CA, or is not there"
+  case $1 in
+    *'alert certificate required'* | *'alert handshake failure'*)
+      printf 'does it want a client certificate? There is none'
+      ;;
+    *'certificate has expired'* | *'certificate is not yet valid'*) printf 'check the certificate, and the clock' ;;
+    *mismatch* | *'subject name'*) printf 'does the relay run, and is NIX_RELAY_URL right?' ;;
+    *certificate*) printf 'does the server send its intermediate certificates? Otherwise, %s' "$own" ;;
+    *) printf 'does the relay run, and is NIX_RELAY_URL right?' ;;
+  esac
+}
+
+# Nix's own variable counts too, and a file that is not there does not: Nix's shells name one.
+authorities=${SSL_CERT_FILE:-${NIX_SSL_CERT_FILE:-}}
+unset SSL_CERT_FILE
+[[ ! -e $authorities ]] || export SSL_CERT_FILE=$authorities
+
 # Where a token may come from, in this order. Secrets leave the environment at once, and only the program that needs one
 # gets it.
 sources=(NIX_RELAY_TOKEN NIX_RELAY_TOKEN_COMMAND ACTIONS_ID_TOKEN_REQUEST_URL GITLAB_OIDC_TOKEN CIRCLE_OIDC_TOKEN_V2)
@@ -67,7 +87,7 @@ keepalive=${NIX_RELAY_KEEPALIVE_SECS:-30} queue=${NIX_RELAY_QUEUE_SECS:-3600}
   fail "NIX_RELAY_KEEPALIVE_SECS ('$keepalive') and NIX_RELAY_QUEUE_SECS ('$queue') must be whole numbers of seconds"
 keepalive=$((10#$keepalive)) queue=$((10#$queue))
 
-# The output of the user's own command, which sees the environment as it was.
+# The output of the user's own command, which sees all secrets.
 command_token() {
   local answer='' limit=(env) status=''
   # This ends the command, too. BusyBox before 1.30 has another one.
@@ -97,7 +117,11 @@ actions_token() {
   answer=$(curl "${options[@]}" -H @<(printf 'Authorization: Bearer %s' "$ACTIONS_ID_TOKEN_REQUEST_TOKEN") \
     --data-urlencode "audience=${NIX_RELAY_AUDIENCE:-api://nix-relay}" "$request" 2>&1) || true
   status=${answer##*$'\n'} words=${answer##*curl: (}
-  [[ $status != 000 ]] || no_token "$(shown "${words#*) }")"
+  if [[ $status == 000 ]]; then
+    words=$(shown "${words#*) }")
+    [[ $words != *'certificate problem'* ]] || words+="; $(advice "$words")"
+    no_token "$words"
+  fi
   [[ $status == 200 ]] || no_token "it answered with status $status"
   [[ $answer =~ $has_value ]] || no_token 'its answer has no .value'
   token=${BASH_REMATCH[1]}
@@ -195,7 +219,7 @@ connect() {
 # Finds why there is no session: `reason`, and whether the relay is `full`. Asks as websocat did, and reads no more of the
 # answer than it shows, as that may be long, or the session that websocat did not get.
 diagnose() {
-  local seconds=11 curl line status='' text='' body='' hint version
+  local seconds=11 curl line status='' text='' body='' version
   version=$(websocat --version 2>&1) || true
   ! [[ $version =~ $is_old ]] || fail "$version is too old: install 1.14 or newer (cargo install websocat)"
   # A full relay lets curl wait, too.
@@ -220,20 +244,18 @@ diagnose() {
   [[ ! $status || $status == 101* ]] || IFS= read -r -d '' -n 16384 body <&7 || true
   kill "$curl" 2>/dev/null || true
 
-  hint='does the relay run, and is NIX_RELAY_URL right?'
   # The relay's codes end with 503, and those of large proxies begin with 520.
   if [[ $text && ($status == 4* || $status == 50[0-3]*) ]]; then
     body=$(shown "$body")
     reason="the relay refused: ${status%% *}: ${body:-$(shown "${status#* }")}"
   elif [[ $status && $status != 101* ]]; then
-    reason="a proxy or web server answered in the relay's place: $(shown "${status/ /: }"); $hint"
+    reason="a proxy or web server answered in the relay's place: $(shown "${status/ /: }"); $(advice '')"
   elif [[ $said == *'(503 '* ]]; then
     # Now it has room.
     full=yes reason="the relay refused: $said"
   else
     [[ $line != 'curl: ('* ]] || said=$(shown "${line#curl: (*) }")
-    [[ $said != *certificate* ]] || hint='if the CA is your own, set SSL_CERT_FILE to its certificate'
-    reason="cannot reach $url: $said; $hint"
+    reason="cannot reach $url: $said; $(advice "$said")"
   fi
 }
 

@@ -412,7 +412,7 @@ fn with_hosts(hosts: &Path, program: impl AsRef<OsStr>) -> Command {
 
 /// A private authority as `ca.pem`, and certificates of it with their keys: `good` for localhost and
 /// relay.example.com, `expired`, `early` and `other`.
-fn certificates() -> Dir {
+pub fn certificates() -> Dir {
     let dir = Dir::new();
     let make = "
         new='-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -config /dev/null'
@@ -442,7 +442,7 @@ fn certificates() -> Dir {
 }
 
 /// Killed when dropped.
-struct Server(Child);
+pub struct Server(Child);
 
 impl Drop for Server {
     fn drop(&mut self) {
@@ -452,7 +452,7 @@ impl Drop for Server {
 }
 
 /// OpenSSL's server with one of these certificates. It says nothing, or with `-WWW` answers requests.
-fn serve_tls(dir: &Dir, name: &str, arguments: &[&str]) -> (Server, SocketAddr) {
+pub fn serve_tls(dir: &Dir, name: &str, arguments: &[&str]) -> (Server, SocketAddr) {
     let mut command = Command::new("openssl");
     command
         .args(["s_server", "-accept", "127.0.0.1:0"])

@@ -1,6 +1,7 @@
 //! client.sh: what curl and websocat do for it, and what it leaves behind. What it has in common with the other client is
 //! in clients.rs.
 
+use crate::client_rs::{certificates, serve_tls};
 use crate::support::{nix::*, *};
 use std::fs;
 use std::io::{Read, Write};
@@ -71,6 +72,62 @@ fn who(relay: &Relay, command: &mut Command) -> String {
         .next()
         .unwrap()
         .to_owned()
+}
+
+/// Certificates, the file of authorities, and what it advises.
+#[test]
+fn what_mends_a_certificate() {
+    let (dir, home) = (certificates(), Dir::new());
+    let ca = dir.path("ca.pem").display().to_string();
+    let intermediate = "; does the server send its intermediate certificates? Otherwise, ";
+    let own = format!("{intermediate}if the CA is your own, set SSL_CERT_FILE to its certificate");
+    let missing = "/no-cert-file.crt";
+    let lacks = format!("{intermediate}{missing} lacks its CA, or is not there");
+    let other = "; does the relay run, and is NIX_RELAY_URL right?";
+    let clock = "; check the certificate, and the clock";
+    let client_certificate = "; does it want a client certificate? There is none";
+    for (certificate, argument, variable, file, advice) in [
+        ("good", "-WWW", "HOME", missing, &*own),
+        ("good", "-WWW", "SSL_CERT_FILE", missing, &lacks),
+        (
+            "good",
+            "-WWW",
+            "NIX_SSL_CERT_FILE",
+            &ca,
+            "relay's place: 200",
+        ),
+        ("expired", "-WWW", "SSL_CERT_FILE", &ca, clock),
+        ("other", "-WWW", "SSL_CERT_FILE", &ca, other),
+        (
+            "good",
+            "-Verify=1",
+            "SSL_CERT_FILE",
+            &ca,
+            client_certificate,
+        ),
+    ] {
+        let arguments: Vec<&str> = argument.split('=').collect();
+        let (_server, address) = serve_tls(&dir, certificate, &arguments);
+        let mut command = job(project("client.sh"), &home);
+        command.env("NIX_RELAY_TOKEN", "token").env(variable, file);
+        let url = format!("wss://{address}");
+        let line = failure(command.arg("--stdio").env("NIX_RELAY_URL", url));
+        assert!(line.contains(advice), "{argument} {variable}: {line}");
+    }
+    // That of the token endpoint, too.
+    let (_server, address) = serve_tls(&dir, "good", &["-WWW"]);
+    let mut command = job(project("client.sh"), &home);
+    command.env("ACTIONS_ID_TOKEN_REQUEST_URL", format!("https://{address}"));
+    command.env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "secret");
+    let line = failure(
+        command
+            .arg("--stdio")
+            .env("NIX_RELAY_URL", "ws://127.0.0.1:1"),
+    );
+    assert!(
+        line.starts_with("no token from ") && line.ends_with(&own),
+        "{line}"
+    );
 }
 
 /// However short the time between the last of it and the end.
@@ -407,7 +464,7 @@ fn the_question_why_there_is_no_session_holds_none() {
     let before = Instant::now();
     let line = failure(&mut command);
     assert!(before.elapsed() < Duration::from_secs(8), "it waited");
-    let why = ": TLS: certificate verify failed; if the CA is your own, set SSL_CERT_FILE to its certificate";
+    let why = ": TLS: certificate verify failed; does the server send its intermediate certificates? Otherwise, if the CA is your own, set SSL_CERT_FILE to its certificate";
     assert!(
         line.starts_with("cannot reach ws://") && line.ends_with(why),
         "{line}"
