@@ -228,6 +228,9 @@ impl From<ureq::Error> for Failure {
             ureq::Error::Io(e) => e.into(),
             ureq::Error::StatusCode(code) if !may_pass(code) => Failure::lasting(text),
             ureq::Error::Other(e) => Failure::lasting(e.to_string()),
+            ureq::Error::ConnectProxyFailed(e) => {
+                Failure::lasting(format!("the proxy refused: {e}"))
+            }
             _ => Failure::passing(text),
         }
     }
@@ -601,7 +604,17 @@ impl Target {
         // It should accept a frame whole.
         connection.set_buffer_limit(Some(copy::HEADER_BYTES + copy::CHUNK_BYTES));
 
-        connection.complete_io(&mut &**socket)?;
+        // A slow answer is no reason to wait for a slow handshake.
+        socket.set_read_timeout(Some(STEP_TIMEOUT))?;
+        let secs = STEP_TIMEOUT.as_secs();
+        let silent = format!("no TLS handshake within {secs} s; does that port speak TLS?");
+        connection
+            .complete_io(&mut &**socket)
+            .map_err(|e| match e.kind() {
+                ErrorKind::WouldBlock => Failure::passing(silent),
+                _ => e.into(),
+            })?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         Ok(Tls {
             socket: socket.clone(),
             connection: Mutex::new(connection),

@@ -20,7 +20,7 @@ use connection::{Port, Relay, Service};
 use log::{Level, error, info, warn};
 use oidc::Issuers;
 use rustix::fs::{Access, access};
-use rustix::io::{Errno, FdFlags, fcntl_setfd};
+use rustix::io::Errno;
 use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{PidfdFlags, geteuid, getpid, pidfd_open};
 use sd_notify::NotifyState;
@@ -236,7 +236,6 @@ fn passed_ports() -> io::Result<Vec<Arc<Port>>> {
         let listener = socket.filter(|socket| socket_acceptconn(socket) == Ok(true));
         let listener = listener.ok_or_else(|| io::Error::other(EXPECTED_FDS))?;
         listener.set_nonblocking(true)?;
-        fcntl_setfd(&listener, FdFlags::CLOEXEC)?;
         ports.push(Port::new(listener, Service::Passed));
     }
     Ok(ports)
@@ -1127,9 +1126,7 @@ mod oidc {
                     format!("it expired at {}, and now it is {now}", claims["exp"])
                 }
                 Some(JWTError::RequiredAudienceMismatch) => {
-                    let found = claims["aud"].to_string();
-                    let found = quoted(found.trim_matches('"'));
-                    let wanted = &self.audiences;
+                    let (found, wanted) = (&claims["aud"], &self.audiences);
                     format!("its audience is {found}, and this relay wants one of {wanted:?}")
                 }
                 Some(e) => e.to_string(),
@@ -2750,74 +2747,37 @@ mod config {
     /// Every key that has a default.
     const DEFAULTS: &str = include_str!("config.example.toml");
 
-    /// How the text of a variable is read.
-    #[derive(Clone, Copy)]
-    enum Kind {
-        Text,
-        Number,
-        Words,
-    }
-
     /// The variables, each with the table and the key that it sets.
-    const VARIABLES: [(&str, &str, &str, Kind); 14] = [
-        ("NIX_RELAY_LISTEN", "server", "listen", Kind::Text),
-        (
-            "NIX_RELAY_ADMIN_LISTEN",
-            "server",
-            "admin_listen",
-            Kind::Text,
-        ),
+    const VARIABLES: [(&str, &str, &str); 14] = [
+        ("NIX_RELAY_LISTEN", "server", "listen"),
+        ("NIX_RELAY_ADMIN_LISTEN", "server", "admin_listen"),
         (
             "NIX_RELAY_SHUTDOWN_GRACE_SECS",
             "server",
             "shutdown_grace_secs",
-            Kind::Number,
         ),
         (
             "NIX_RELAY_HANDSHAKE_TIMEOUT_SECS",
             "server",
             "handshake_timeout_secs",
-            Kind::Number,
         ),
-        (
-            "NIX_RELAY_KEEPALIVE_SECS",
-            "server",
-            "keepalive_secs",
-            Kind::Number,
-        ),
-        ("NIX_RELAY_ISSUER", "auth", "issuer", Kind::Text),
-        ("NIX_RELAY_AUDIENCE", "auth", "audience", Kind::Text),
-        ("NIX_RELAY_ALLOWED_ORG", "auth", "allowed_org", Kind::Text),
+        ("NIX_RELAY_KEEPALIVE_SECS", "server", "keepalive_secs"),
+        ("NIX_RELAY_ISSUER", "auth", "issuer"),
+        ("NIX_RELAY_AUDIENCE", "auth", "audience"),
+        ("NIX_RELAY_ALLOWED_ORG", "auth", "allowed_org"),
         (
             "NIX_RELAY_JWKS_CACHE_TTL_SECS",
             "auth",
             "jwks_cache_ttl_secs",
-            Kind::Number,
         ),
-        (
-            "NIX_RELAY_DAEMON_PATH",
-            "daemon",
-            "nix_daemon_path",
-            Kind::Text,
-        ),
-        ("NIX_RELAY_EXTRA_ARGS", "daemon", "extra_args", Kind::Words),
-        (
-            "NIX_RELAY_TIMEOUT_SECS",
-            "daemon",
-            "timeout_secs",
-            Kind::Number,
-        ),
-        (
-            "NIX_RELAY_MAX_CONNECTIONS",
-            "daemon",
-            "max_connections",
-            Kind::Number,
-        ),
+        ("NIX_RELAY_DAEMON_PATH", "daemon", "nix_daemon_path"),
+        ("NIX_RELAY_EXTRA_ARGS", "daemon", "extra_args"),
+        ("NIX_RELAY_TIMEOUT_SECS", "daemon", "timeout_secs"),
+        ("NIX_RELAY_MAX_CONNECTIONS", "daemon", "max_connections"),
         (
             "NIX_RELAY_QUEUE_TIMEOUT_SECS",
             "daemon",
             "queue_timeout_secs",
-            Kind::Number,
         ),
     ];
 
@@ -3055,16 +3015,17 @@ mod config {
         let mut config = Config::deserialize(Deserializer::from(settings)).map_err(invalid)?;
 
         let words = |e: toml::ser::Error| e.to_string();
-        for (variable, table, key, kind) in VARIABLES {
+        for (variable, table, key) in VARIABLES {
             let text = env::var_os(variable).unwrap_or_default().into_string();
             let text = text.map_err(|_| format!("{variable}: expected UTF-8"))?;
             if !text.is_empty() {
                 let mut settings = Table::try_from(&config).map_err(words)?;
-                settings[table][key] = match kind {
-                    Kind::Words => text.split_whitespace().collect::<Vec<_>>().into(),
+                let setting = &mut settings[table][key];
+                *setting = match setting {
+                    Value::Array(_) => text.split_whitespace().collect::<Vec<_>>().into(),
                     // What is no number stays a text, and the error says so.
-                    Kind::Number => text.parse::<i64>().map_or(text.into(), Value::from),
-                    Kind::Text => text.into(),
+                    Value::Integer(_) => text.parse::<i64>().map_or(text.into(), Value::from),
+                    _ => text.into(),
                 };
                 config = settings
                     .try_into()
@@ -3289,8 +3250,9 @@ mod metrics {
 mod web {
     use cidr::IpInet;
     use serde_json::Value;
-    use std::io::ErrorKind;
+    use std::io;
     use std::net::IpAddr;
+    use std::path::Path;
     use std::time::Duration;
     use std::{env, fmt, fs};
     use ureq::http::{HeaderMap, StatusCode, Uri, header};
@@ -3301,6 +3263,8 @@ mod web {
     pub const AGENT: &str = concat!("nix-relay/", env!("CARGO_PKG_VERSION"));
     /// A resolver asks a silent name server for 5 s, often twice, before it asks the next one.
     const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
+    /// ureq tries the addresses of a name in turn, and gives the first two thirds of this.
+    const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
     /// For each other step of a request.
     pub const STEP_TIMEOUT: Duration = Duration::from_secs(10);
     pub const MAX_DOCUMENT_BYTES: u64 = 1 << 20;
@@ -3338,14 +3302,12 @@ mod web {
     /// Mozilla's authorities, which are compiled in. A file that is not there counts as empty:
     /// Nix's shells name one. Fails with a message if the file cannot be used.
     pub fn own_authorities() -> Result<Vec<Certificate<'static>>, String> {
-        let Some((name, path)) = first_set(&AUTHORITIES) else {
+        let set = first_set(&AUTHORITIES).filter(|(_, path)| Path::new(path).exists());
+        let Some((name, path)) = set else {
             return Ok(Vec::new());
         };
         let unusable = |cause: &dyn fmt::Display| format!("{name}={path}: {cause}");
-        let pem = match fs::read(&path) {
-            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            pem => pem.map_err(|e| unusable(&e))?,
-        };
+        let pem = fs::read(&path).map_err(|e| unusable(&e))?;
         let certificate = |item| match item {
             Ok(PemItem::Certificate(certificate)) => Some(certificate),
             _ => None,
@@ -3415,7 +3377,7 @@ mod web {
                 .proxy(proxy.clone())
                 .tls_config(TlsConfig::builder().root_certs(roots).build())
                 .timeout_resolve(Some(LOOKUP_TIMEOUT))
-                .timeout_connect(Some(STEP_TIMEOUT))
+                .timeout_connect(Some(CONNECT_TIMEOUT))
                 .timeout_recv_response(Some(STEP_TIMEOUT))
                 .timeout_recv_body(Some(STEP_TIMEOUT))
                 .max_redirects(0)
@@ -3427,7 +3389,7 @@ mod web {
         // ureq cannot add to Mozilla's authorities, so we ask a second time with our own.
         let own = own_authorities().map_err(other)?;
         let mut answer = match ask(RootCerts::WebPki) {
-            Err(ureq::Error::Io(_)) if !own.is_empty() => ask(own.into())?,
+            Err(ureq::Error::Io(e)) if !own.is_empty() && is_of_tls(&e) => ask(own.into())?,
             answer => answer?,
         };
         check(answer.status(), answer.headers()).map_err(other)?;
@@ -3435,6 +3397,10 @@ mod web {
         let body = body.read_to_vec()?;
         let kind = text_of(answer.headers(), header::CONTENT_TYPE);
         parse_json(&body).map_err(|e| other(format!("not JSON, with Content-Type {kind:?}: {e}")))
+    }
+
+    fn is_of_tls(e: &io::Error) -> bool {
+        e.get_ref().is_some_and(|e| e.is::<rustls::Error>())
     }
 
     /// Fails unless the answer has the body that was asked for.
