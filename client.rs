@@ -716,10 +716,8 @@ fn ask_proxy(mut socket: &TcpStream, request: &str) -> Result<(), Failure> {
 /// Trusts Mozilla's authorities, and those in SSL_CERT_FILE.
 fn tls_config() -> Result<Arc<ClientConfig>, String> {
     let mut roots = RootCertStore::empty();
-    roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    let own = web::own_authorities()?;
-    let own = own.iter().map(|root| CertificateDer::from(root.der()));
-    roots.add_parsable_certificates(own);
+    let all = web::authorities()?;
+    roots.add_parsable_certificates(all.iter().map(|root| CertificateDer::from(root.der())));
 
     let config = ClientConfig::builder().with_root_certificates(roots);
     Ok(Arc::new(config.with_no_client_auth()))

@@ -16,7 +16,7 @@
 mod client;
 
 use config::{Config, Server, secs};
-use connection::{Port, Relay, Service};
+use connection::{Port, Relay};
 use log::{Level, error, info, warn};
 use oidc::Issuers;
 use rustix::fs::{Access, access};
@@ -210,10 +210,10 @@ fn watch_signals(relay: Arc<Relay>) -> io::Result<()> {
 fn ports(server: &Server) -> io::Result<Vec<Arc<Port>>> {
     let mut ports = passed_ports()?;
     if ports.is_empty() {
-        ports.push(Port::new(listen(&server.listen)?, Service::Relay));
+        ports.push(Port::new(listen(&server.listen)?, connection::RELAY));
     }
     if !server.admin_listen.is_empty() {
-        ports.push(Port::new(listen(&server.admin_listen)?, Service::Admin));
+        ports.push(Port::new(listen(&server.admin_listen)?, connection::ADMIN));
     }
     Ok(ports)
 }
@@ -236,7 +236,7 @@ fn passed_ports() -> io::Result<Vec<Arc<Port>>> {
         let listener = socket.filter(|socket| socket_acceptconn(socket) == Ok(true));
         let listener = listener.ok_or_else(|| io::Error::other(EXPECTED_FDS))?;
         listener.set_nonblocking(true)?;
-        ports.push(Port::new(listener, Service::Passed));
+        ports.push(Port::new(listener, connection::PASSED));
     }
     Ok(ports)
 }
@@ -362,30 +362,40 @@ mod connection {
 
     /// Starts to accept connections. Fails if there are no threads.
     pub fn start(relay: Arc<Relay>, port: Arc<Port>) -> io::Result<()> {
-        let name = if port.service == Service::Admin {
-            "admin"
-        } else {
-            "relay"
-        };
-        info!("{name} listening address={}", port.listener.local_addr()?);
+        let address = port.listener.local_addr()?;
+        info!("{} listening address={address}", port.service.name);
         let accepting = thread::Builder::new().spawn(|| port.accept(relay));
         accepting.map(drop)
     }
 
-    #[derive(Clone, Copy, PartialEq)]
-    pub enum Service {
-        Relay,
-        /// The same, but passed to us. While we drain, new connections wait in it for the next
-        /// relay, and none is refused.
-        Passed,
-        Admin,
+    /// What a listener serves.
+    pub struct Service {
+        name: &'static str,
+        /// Whether systemd has passed it to us. Then new connections wait in it for the next
+        /// relay while we drain, and none is refused.
+        is_passed: bool,
+        routes: [Route; 2],
     }
 
-    /// A path that a listener serves, its methods, and the answer to another method.
+    pub const RELAY: Service = Service {
+        name: "relay",
+        is_passed: false,
+        routes: [HEALTH, ("/relay", &["GET"], http::ONLY_GET)],
+    };
+    pub const PASSED: Service = Service {
+        is_passed: true,
+        ..RELAY
+    };
+    pub const ADMIN: Service = Service {
+        name: "admin",
+        is_passed: false,
+        routes: [HEALTH, METRICS],
+    };
+
+    /// A path, its methods, and the answer to another method.
     type Route = (&'static str, &'static [&'static str], Status);
     const HEALTH: Route = ("/healthz", &["GET", "HEAD"], http::ONLY_GET_OR_HEAD);
     const METRICS: Route = ("/metrics", &["GET", "HEAD"], http::ONLY_GET_OR_HEAD);
-    const RELAY: Route = ("/relay", &["GET"], http::ONLY_GET);
 
     /// A listener, and those of its connections that are in the lobby.
     pub struct Port {
@@ -408,7 +418,7 @@ mod connection {
         /// passed to us, once we drain.
         fn accept(self: Arc<Port>, relay: Arc<Relay>) {
             for number in 1_u64.. {
-                if self.service == Service::Passed {
+                if self.service.is_passed {
                     let connection = PollFd::new(&self.listener, PollFlags::IN);
                     poll::ready([connection, relay.draining.poll_fd()], None);
                     if relay.draining.is_set() {
@@ -545,12 +555,9 @@ mod connection {
         fn route(&mut self, head: Head) -> Result<(), Answer> {
             head.check_host()?;
             let path = head.request.uri().path();
-            let routes = match self.port.service {
-                Service::Admin => [HEALTH, METRICS],
-                _ => [HEALTH, RELAY],
-            };
-            let route = routes.into_iter().find(|(known, ..)| *known == path);
-            let Some((path, methods, other)) = route else {
+            let mut routes = self.port.service.routes.iter();
+            let route = routes.find(|(known, ..)| *known == path);
+            let Some(&(path, methods, other)) = route else {
                 return Err(Answer::new(http::NOT_FOUND, NOTHING));
             };
             if !methods.contains(&head.request.method().as_str()) {
@@ -2466,6 +2473,7 @@ mod http {
     ];
 
     /// A status, its words, and the header lines that belong to it.
+    #[derive(Clone, Copy)]
     pub struct Status(u16, &'static str, &'static str);
 
     pub const OK: Status = Status(200, "OK", "");
@@ -3250,7 +3258,6 @@ mod metrics {
 mod web {
     use cidr::IpInet;
     use serde_json::Value;
-    use std::io;
     use std::net::IpAddr;
     use std::path::Path;
     use std::time::Duration;
@@ -3298,25 +3305,26 @@ mod web {
         names.iter().find_map(|&name| Some((name, value(name)?)))
     }
 
-    /// The certificates in SSL_CERT_FILE, or else in NIX_SSL_CERT_FILE. They are trusted beside
-    /// Mozilla's authorities, which are compiled in. A file that is not there counts as empty:
-    /// Nix's shells name one. Fails with a message if the file cannot be used.
-    pub fn own_authorities() -> Result<Vec<Certificate<'static>>, String> {
+    /// Mozilla's authorities, which are compiled in, and those in SSL_CERT_FILE, or else in
+    /// NIX_SSL_CERT_FILE. A file that is not there counts as empty: Nix's shells name one. Fails
+    /// with a message if the file cannot be used.
+    pub fn authorities() -> Result<Vec<Certificate<'static>>, String> {
+        let mozilla = webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter();
+        let mut all: Vec<_> = mozilla.map(|root| Certificate::from_der(root)).collect();
         let set = first_set(&AUTHORITIES).filter(|(_, path)| Path::new(path).exists());
-        let Some((name, path)) = set else {
-            return Ok(Vec::new());
-        };
-        let unusable = |cause: &dyn fmt::Display| format!("{name}={path}: {cause}");
-        let pem = fs::read(&path).map_err(|e| unusable(&e))?;
-        let certificate = |item| match item {
-            Ok(PemItem::Certificate(certificate)) => Some(certificate),
-            _ => None,
-        };
-        let found: Vec<_> = ureq::tls::parse_pem(&pem).filter_map(certificate).collect();
-        match found.is_empty() {
-            true => Err(unusable(&"there is no certificate in it")),
-            false => Ok(found),
+        if let Some((name, path)) = set {
+            let unusable = |cause: &dyn fmt::Display| format!("{name}={path}: {cause}");
+            let pem = fs::read(&path).map_err(|e| unusable(&e))?;
+            let count = all.len();
+            all.extend(ureq::tls::parse_pem(&pem).filter_map(|item| match item {
+                Ok(PemItem::Certificate(certificate)) => Some(certificate),
+                _ => None,
+            }));
+            if all.len() == count {
+                return Err(unusable(&"there is no certificate in it"));
+            }
         }
+        Ok(all)
     }
 
     /// The proxy for https to a host, as curl reads it from the environment. There is none for
@@ -3359,7 +3367,7 @@ mod web {
 
     /// Fails with a message if authorities or a proxy in the environment cannot be used.
     pub fn check_environment() -> Result<(), String> {
-        own_authorities()?;
+        authorities()?;
         proxy_for("example.com", 443).map(drop)
     }
 
@@ -3367,40 +3375,32 @@ mod web {
 
     /// The JSON at a URL. `prepare` completes the request. What is wrong with the answer or the
     /// environment is an `Other`.
-    pub fn get_json(url: &str, prepare: impl Fn(Request) -> Request) -> Result<Value, ureq::Error> {
+    pub fn get_json(
+        url: &str,
+        prepare: impl FnOnce(Request) -> Request,
+    ) -> Result<Value, ureq::Error> {
         let other = |text: String| ureq::Error::Other(text.into());
         let uri: Uri = url.parse().unwrap_or_default();
         let host = uri.host().unwrap_or_default();
         let proxy = proxy_for(host, uri.port_u16().unwrap_or(443)).map_err(other)?;
-        let ask = |roots| {
-            let config = Agent::config_builder()
-                .proxy(proxy.clone())
-                .tls_config(TlsConfig::builder().root_certs(roots).build())
-                .timeout_resolve(Some(LOOKUP_TIMEOUT))
-                .timeout_connect(Some(CONNECT_TIMEOUT))
-                .timeout_recv_response(Some(STEP_TIMEOUT))
-                .timeout_recv_body(Some(STEP_TIMEOUT))
-                .max_redirects(0)
-                .accept_encoding("identity")
-                .user_agent(AGENT);
-            prepare(config.build().new_agent().get(url)).call()
-        };
-
-        // ureq cannot add to Mozilla's authorities, so we ask a second time with our own.
-        let own = own_authorities().map_err(other)?;
-        let mut answer = match ask(RootCerts::WebPki) {
-            Err(ureq::Error::Io(e)) if !own.is_empty() && is_of_tls(&e) => ask(own.into())?,
-            answer => answer?,
-        };
+        let roots = RootCerts::from(authorities().map_err(other)?);
+        let config = Agent::config_builder()
+            .proxy(proxy)
+            .tls_config(TlsConfig::builder().root_certs(roots).build())
+            .timeout_resolve(Some(LOOKUP_TIMEOUT))
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_recv_response(Some(STEP_TIMEOUT))
+            .timeout_recv_body(Some(STEP_TIMEOUT))
+            .max_redirects(0)
+            .accept_encoding("identity")
+            .user_agent(AGENT);
+        let request = config.build().new_agent().get(url);
+        let mut answer = prepare(request).call()?;
         check(answer.status(), answer.headers()).map_err(other)?;
         let body = answer.body_mut().with_config().limit(MAX_DOCUMENT_BYTES);
         let body = body.read_to_vec()?;
         let kind = text_of(answer.headers(), header::CONTENT_TYPE);
         parse_json(&body).map_err(|e| other(format!("not JSON, with Content-Type {kind:?}: {e}")))
-    }
-
-    fn is_of_tls(e: &io::Error) -> bool {
-        e.get_ref().is_some_and(|e| e.is::<rustls::Error>())
     }
 
     /// Fails unless the answer has the body that was asked for.

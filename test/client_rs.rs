@@ -337,7 +337,7 @@ fn each_wait_has_a_limit() {
         ),
         (
             format!("wss://{silent}"),
-            "no answer within 40 s; is that the right port?",
+            "no TLS handshake within 10 s; does that port speak TLS?",
         ),
         (
             format!("ws://{silent}"),
