@@ -998,19 +998,16 @@ mod oidc {
                     .get(url)
                     .cloned()
                     .map_or(Source::Web(ttl), Source::File);
+                let mut cache = Cache::default();
                 // A key file is read at once.
-                let keys = match source {
-                    Source::Web(_) => None,
-                    Source::File(_) => Some((Instant::now(), Arc::new(source.load(url)?))),
-                };
+                if let Source::File(_) = source {
+                    cache.keys = Some((Instant::now(), Arc::new(source.load(url)?)));
+                }
                 issuers.push(Arc::new(Issuer {
                     url: url.clone(),
                     audiences,
                     source,
-                    cache: Mutex::new(Cache {
-                        keys,
-                        ..Cache::default()
-                    }),
+                    cache: Mutex::new(cache),
                     waiting: Count::new(),
                     wanted: Event::new().map_err(|e| format!("{NO_EVENTS}: {e}"))?,
                 }));
@@ -1099,12 +1096,7 @@ mod oidc {
                 return Err(Rejection::Final(why.into()));
             }
 
-            let options = VerificationOptions {
-                allowed_issuers: Some([self.url.clone()].into()),
-                allowed_audiences: Some(self.audiences.clone()),
-                time_tolerance: Some(coarsetime::Duration::from_secs(CLOCK_SKEW_SECS)),
-                ..VerificationOptions::default()
-            };
+            let options = self.options();
             let is_named = |key: &&Key| token.key_id.is_none() || key.id == token.key_id;
             let named = keys.iter().filter(is_named).take(MAX_TRIED);
             let mut rejection = no_key();
@@ -1119,25 +1111,36 @@ mod oidc {
                     Some(e @ JWTError::InvalidSignature) => {
                         rejection = Rejection::WithTheseKeys(e.to_string())
                     }
-                    e => return Err(Rejection::Final(self.explain(e, &token.claims))),
+                    // The signature is good, so a job may be told what it can change.
+                    e => {
+                        let claims = &token.claims;
+                        let why = match e {
+                            Some(JWTError::TokenHasExpired) => {
+                                let now = Clock::now_since_epoch().as_secs();
+                                format!("it expired at {}, and now it is {now}", claims["exp"])
+                            }
+                            Some(JWTError::RequiredAudienceMismatch) => format!(
+                                "its audience is {}, and this relay wants one of {:?}",
+                                claims["aud"], self.audiences
+                            ),
+                            e => {
+                                e.map_or("a part of it cannot be read".into(), ToString::to_string)
+                            }
+                        };
+                        return Err(Rejection::Final(why));
+                    }
                 }
             }
             Err(rejection)
         }
 
-        /// Why a token is refused whose signature is good, with what its job can change.
-        fn explain(&self, error: Option<&JWTError>, claims: &Value) -> String {
-            match error {
-                Some(JWTError::TokenHasExpired) => {
-                    let now = Clock::now_since_epoch().as_secs();
-                    format!("it expired at {}, and now it is {now}", claims["exp"])
-                }
-                Some(JWTError::RequiredAudienceMismatch) => {
-                    let (found, wanted) = (&claims["aud"], &self.audiences);
-                    format!("its audience is {found}, and this relay wants one of {wanted:?}")
-                }
-                Some(e) => e.to_string(),
-                None => "a part of it cannot be read".into(),
+        /// What a token must say of itself.
+        fn options(&self) -> VerificationOptions {
+            VerificationOptions {
+                allowed_issuers: Some([self.url.clone()].into()),
+                allowed_audiences: Some(self.audiences.clone()),
+                time_tolerance: Some(coarsetime::Duration::from_secs(CLOCK_SKEW_SECS)),
+                ..VerificationOptions::default()
             }
         }
 
@@ -3155,6 +3158,8 @@ mod metrics {
         values: &'static [&'static str],
         /// The names of its series, with their label.
         series: &'static [&'static str],
+        /// How much is counted for each that is shown.
+        unit: f64,
         counts: &'static [Count],
     }
 
@@ -3175,7 +3180,7 @@ mod metrics {
     /// Defines the metrics, and the table of all. Only the first of a family has a head.
     macro_rules! table {
         ($($id:ident: $($family:literal $kind:literal $help:literal)?,
-            $name:literal [$($value:expr),*] $end:literal;)*) => {
+            $name:literal [$($value:expr),*] $end:literal $($unit:literal)?;)*) => {
             $(pub static $id: Metric = Metric {
                 head: concat!($(
                     "# HELP nix_relay_", $family, " ", $help, "\n",
@@ -3183,6 +3188,7 @@ mod metrics {
                 )?),
                 values: &[$($value),*],
                 series: &[$(concat!("nix_relay_", $name, $value, $end)),*],
+                unit: 1.0 $(* $unit)?,
                 counts: {
                     static COUNTS: [Count; [$($value),*].len()] = [const { Count::new() }; _];
                     &COUNTS
@@ -3214,8 +3220,7 @@ mod metrics {
             "sessions_waiting" [""] "";
         SESSION_BUCKETS: "session_seconds" "histogram" "How long sessions took.",
             "session_seconds_bucket{le=\"" ["1", "10", "100", "1000", "10000", "+Inf"] "\"}";
-        // Counted in milliseconds.
-        SESSION_SUM: , "session_seconds_sum" [""] "";
+        SESSION_SUM: , "session_seconds_sum" [""] "" 1000.0;
         SESSION_COUNT: , "session_seconds_count" [""] "";
     }
 
@@ -3240,12 +3245,8 @@ mod metrics {
         for metric in TABLE {
             text += metric.head;
             for (series, count) in metric.series.iter().zip(metric.counts) {
-                let unit = if series.ends_with("_sum") {
-                    1000.0
-                } else {
-                    1.0
-                };
-                text += &format!("{series} {}\n", count.get() as f64 / unit);
+                let value = count.get() as f64 / metric.unit;
+                text += &format!("{series} {value}\n");
             }
         }
         text
