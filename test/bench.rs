@@ -186,8 +186,11 @@ fn turns(run: usize, columns: usize) -> impl Iterator<Item = usize> {
 
 /// What a daemon of the benchmark is told to do first, with a number of bytes behind it.
 const SINK: u8 = b'i';
+const SPLICING_SINK: u8 = b's';
 const SOURCE: u8 = b'o';
 const ECHO: u8 = b'e';
+/// As nix-daemon reads, and writes. When it passes input on to the system's, it splices.
+const DAEMON_BYTES: usize = 32 << 10;
 
 fn order(task: u8, bytes: usize) -> Vec<u8> {
     [&[task][..], &bytes.to_be_bytes()].concat()
@@ -201,20 +204,27 @@ fn daemon() {
     }
     let bytes = usize::from_be_bytes(order[1..].try_into().unwrap());
     match order[0] {
-        SINK => sink(bytes),
+        SINK => sink(bytes, |left| {
+            let mut chunk = [0; DAEMON_BYTES];
+            rustix::io::read(io::stdin(), &mut chunk[..left.min(DAEMON_BYTES)])
+        }),
+        SPLICING_SINK => {
+            let null = File::options().write(true).open("/dev/null").unwrap();
+            let all = SpliceFlags::empty();
+            sink(bytes, |left| {
+                rustix::pipe::splice(io::stdin(), None, &null, None, left, all)
+            })
+        }
         SOURCE => source(bytes),
         _ => panic!("{}", Command::new("cat").exec()),
     }
 }
 
 /// Takes that many bytes without looking at them, and answers with one.
-fn sink(bytes: usize) {
-    let null = File::options().write(true).open("/dev/null").unwrap();
+fn sink(bytes: usize, take: impl Fn(usize) -> rustix::io::Result<usize>) {
     let mut left = bytes;
     while left > 0 {
-        let taken =
-            rustix::pipe::splice(io::stdin(), None, &null, None, left, SpliceFlags::empty());
-        let taken = taken.unwrap();
+        let taken = take(left).unwrap();
         assert!(taken > 0, "{left} bytes are missing");
         left -= taken;
     }
@@ -222,7 +232,7 @@ fn sink(bytes: usize) {
 }
 
 fn source(bytes: usize) {
-    let chunk = [b'x'; 64 << 10];
+    let chunk = [b'x'; DAEMON_BYTES];
     let mut left = bytes;
     while left > 0 {
         left -= rustix::io::write(io::stdout(), &chunk[..left.min(chunk.len())]).unwrap();
@@ -387,10 +397,18 @@ impl Subject {
 
     /// Until the daemons have it all.
     fn up(&self, connections: usize, bytes: usize) -> Cost {
+        self.to(SINK, connections, bytes)
+    }
+
+    fn up_spliced(&self, connections: usize, bytes: usize) -> Cost {
+        self.to(SPLICING_SINK, connections, bytes)
+    }
+
+    fn to(&self, sink: u8, connections: usize, bytes: usize) -> Cost {
         let burst = burst();
         let each = bytes / connections;
         self.load(connections, |client| {
-            client.send(order(SINK, each));
+            client.send(order(sink, each));
             for _ in 0..each >> 20 {
                 client.raw(&burst);
             }
@@ -482,8 +500,9 @@ fn raw(issuer: &Issuer, options: &Options) {
         note_memory(&mut table, column, subject);
     }
     type Load = fn(&Subject, usize, usize) -> Cost;
-    let loads: [(&str, Load); 3] = [
+    let loads: [(&str, Load); 4] = [
         ("up", Subject::up),
+        ("up, spliced", Subject::up_spliced),
         ("down", Subject::down),
         ("both ways", Subject::echo),
     ];
@@ -492,7 +511,7 @@ fn raw(issuer: &Issuer, options: &Options) {
             if options.load.as_ref().is_some_and(|wanted| wanted != name) {
                 continue;
             }
-            for connections in [1, 32] {
+            for connections in [1, 16, 32] {
                 for column in turns(run, columns.len()) {
                     let cost = load(&columns[column][0], connections, bytes);
                     let name = format!("{name}, {connections} at once");

@@ -8,7 +8,8 @@ use std::process::Stdio;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, Command};
-use tokio_tungstenite::accept_async;
+use tokio_tungstenite::accept_async_with_config;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Bytes, Message};
 
 const CHUNK_BYTES: usize = 64 << 10;
@@ -25,7 +26,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
 async fn relay(socket: TcpStream) -> Result<(), Box<dyn Error + Send + Sync>> {
     socket.set_nodelay(true)?;
-    let (mut sender, mut receiver) = accept_async(socket).await?.split();
+    let config = WebSocketConfig::default().read_buffer_size(CHUNK_BYTES);
+    let websocket = accept_async_with_config(socket, Some(config)).await?;
+    let (mut sender, mut receiver) = websocket.split();
 
     let mut child = spawn()?;
     let mut stdin = child.stdin.take().ok_or("no pipe")?;
