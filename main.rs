@@ -92,7 +92,7 @@ fn check(path: Option<&str>) -> ExitCode {
     for warning in config::warnings() {
         fail(0, &format!("warning: {warning}"));
     }
-    match config::load(path).and_then(|config| web::check_environment().map(|()| config)) {
+    match config::load(path) {
         Ok(config) => print(&config.effective),
         Err(e) => fail(2, &e),
     }
@@ -978,7 +978,6 @@ mod oidc {
         /// The issuers of all rules. Fails with a message if a key file or the environment
         /// cannot be used.
         pub fn new(config: &Config) -> Result<Issuers, String> {
-            web::check_environment()?;
             let mut audiences = BTreeMap::<&String, HashSet<String>>::new();
             for rule in &config.rules {
                 let all = audiences.entry(&rule.issuer).or_default();
@@ -1186,7 +1185,7 @@ mod oidc {
                     .unwrap_or_else(|_| Err("the fetch panicked, for want of a thread".into()));
                 let pause = match self.source {
                     Source::File(_) => FILE_CHECK,
-                    Source::Web(ttl) if loaded.is_ok() => ttl,
+                    Source::Web(ttl) if loaded.is_ok() => ttl.min(MAX_KEY_AGE / 2),
                     Source::Web(ttl) => ttl.min(RETRY_PAUSE),
                 };
                 self.note(begun, loaded);
@@ -1285,12 +1284,12 @@ mod session {
     use rustix::io::{Errno, ioctl_fionbio};
     use rustix::pipe::fcntl_setpipe_size;
     use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
-    use std::io::{self, ErrorKind, Read};
+    use std::io::{self, PipeReader, PipeWriter, Read};
     use std::net::TcpStream;
     use std::num::NonZeroU32;
     use std::os::fd::{AsFd, OwnedFd};
     use std::os::unix::process::CommandExt;
-    use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+    use std::process::{Child, Command};
     use std::sync::Arc;
     use std::sync::atomic::Ordering::Relaxed;
     use std::time::{Duration, Instant};
@@ -1526,8 +1525,8 @@ mod session {
 
     /// A running child, which leads a process group of its own.
     pub struct Daemon {
-        stdin: ChildStdin,
-        stdout: ChildStdout,
+        stdin: PipeWriter,
+        stdout: PipeReader,
         /// Becomes readable when the child has exited.
         exited: OwnedFd,
         process: Process,
@@ -1541,15 +1540,7 @@ mod session {
             command.args(arguments).current_dir("/").process_group(0);
             let kept = env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_kept));
             command.env_clear().envs(kept);
-            command
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
-
-            let spawned = command.spawn();
-            let started =
-                spawned.and_then(|child| Daemon::new(child, config.daemon.max_connections));
-            started.map_err(|e| {
+            Daemon::start(command, config.daemon.max_connections).map_err(|e| {
                 let status = match Errno::from_io_error(&e) {
                     Some(Errno::AGAIN | Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {
                         http::RETRY_LATER
@@ -1561,18 +1552,10 @@ mod session {
             })
         }
 
-        fn new(mut child: Child, max_connections: NonZeroU32) -> io::Result<Daemon> {
-            let (stdin, stdout) = (child.stdin.take(), child.stdout.take());
-            let pipe = child.stderr.take();
-            let stderr = Stderr {
-                pipe,
-                ..Stderr::default()
-            };
-            // From here on, the child is killed and reaped whatever fails.
-            let process = Process { child, stderr };
-            let stdin = stdin.ok_or(ErrorKind::BrokenPipe)?;
-            let stdout = stdout.ok_or(ErrorKind::BrokenPipe)?;
-
+        fn start(mut command: Command, max_connections: NonZeroU32) -> io::Result<Daemon> {
+            let (input, stdin) = io::pipe()?;
+            let (stdout, output) = io::pipe()?;
+            let (errors, stderr) = io::pipe()?;
             ioctl_fionbio(&stdin, true)?;
             ioctl_fionbio(&stdout, true)?;
             let share = (PIPES_BYTES / max_connections).max(1).ilog2();
@@ -1580,6 +1563,16 @@ mod session {
             // An unprivileged user may be refused this. Smaller pipes work, too.
             let _ = fcntl_setpipe_size(&stdin, size);
             let _ = fcntl_setpipe_size(&stdout, size / 4);
+
+            let command = command.stdin(input).stdout(output).stderr(stderr);
+            // Once it runs, it is killed and reaped whatever fails.
+            let process = Process {
+                child: command.spawn()?,
+                stderr: Stderr {
+                    pipe: Some(errors),
+                    ..Stderr::default()
+                },
+            };
             Ok(Daemon {
                 stdin,
                 stdout,
@@ -1649,7 +1642,7 @@ mod session {
     /// A child's standard error, on its way to the log.
     #[derive(Default)]
     struct Stderr {
-        pipe: Option<ChildStderr>,
+        pipe: Option<PipeReader>,
         /// The current line as far as it was read, and whether it is the rest of a line that was
         /// too long.
         line: Vec<u8>,
@@ -1663,7 +1656,7 @@ mod session {
         /// Logs what the pipe still holds when the child has exited.
         fn end(&mut self, number: u64) {
             // No more than that: processes outside of its group may go on writing.
-            let holds_more = |pipe: &ChildStderr| poll::readable(pipe, Instant::now());
+            let holds_more = |pipe: &PipeReader| poll::readable(pipe, Instant::now());
             for _ in 0..MAX_REST_READS {
                 if self.pipe.as_ref().is_some_and(holds_more) {
                     self.log(number);
@@ -2357,13 +2350,10 @@ mod copy {
         pub fn close(&self, code: Option<CloseCode>, reason: &str, limit: Duration) {
             let until = Instant::now() + limit;
             self.send_close(code, reason, || Instant::now() >= until);
-            // A buffer of the smallest size has room when the peer has received what it held. The
-            // peer's own Close says the same, if `inward` still reads.
-            let _ = sockopt::set_socket_send_buffer_size(&self.socket, 0);
-            let nothing = [PollFlags::empty(); 2];
-            let room = PollFd::new(&self.socket, PollFlags::OUT);
-            let fds = [room, self.inward_stopped.poll_fd()];
-            while poll::ready(fds.clone(), Some(until)) == nothing && Instant::now() < until {}
+            // The peer answers with a Close, or ends the connection, once it has received all.
+            while !self.inward_stopped.is_set() && Instant::now() < until {
+                poll::ready([self.inward_stopped.poll_fd()], Some(until));
+            }
             poll::linger(&self.socket, CLOSE_TIMEOUT);
         }
 
@@ -2451,7 +2441,7 @@ mod http {
     use std::net::TcpStream;
     use std::time::{Instant, SystemTime};
     use tungstenite::handshake::derive_accept_key;
-    use tungstenite::http::{HeaderMap, Request, Version, header};
+    use tungstenite::http::{Request, Version, header};
 
     /// This limits the length of a token, too.
     const MAX_HEAD_BYTES: usize = 16 << 10;
@@ -2650,17 +2640,14 @@ mod http {
                 return Err(Answer::new(BAD_REQUEST, "a WebSocket upgrade has no body"));
             }
 
-            let has = |name, member: &str| {
-                elements(headers, name).any(|element| element.eq_ignore_ascii_case(member))
-            };
             let key = self.only(header::SEC_WEBSOCKET_KEY)?.unwrap_or_default();
             let nonce = Base64::decode_to_vec(key, None).unwrap_or_default();
             let version = self.only(header::SEC_WEBSOCKET_VERSION)?;
             let wrong = if self.request.version() != Version::HTTP_11 {
                 "the request is not HTTP/1.1"
-            } else if !has(header::CONNECTION, "upgrade") {
+            } else if !self.has(header::CONNECTION, "upgrade") {
                 "Connection does not name Upgrade"
-            } else if !has(header::UPGRADE, "websocket") {
+            } else if !self.has(header::UPGRADE, "websocket") {
                 "Upgrade does not name websocket"
             } else if version != Some("13") {
                 "Sec-WebSocket-Version is not 13"
@@ -2676,8 +2663,7 @@ mod http {
 
         fn switching_protocols(&self, key: &str) -> Vec<u8> {
             let accept = derive_accept_key(key.as_bytes());
-            let mut offers = elements(self.request.headers(), header::SEC_WEBSOCKET_PROTOCOL);
-            let protocol = match offers.any(|name| name == "binary") {
+            let protocol = match self.has(header::SEC_WEBSOCKET_PROTOCOL, "binary") {
                 true => "sec-websocket-protocol: binary\r\n",
                 false => "",
             };
@@ -2686,6 +2672,14 @@ mod http {
                  sec-websocket-accept: {accept}\r\n{protocol}\r\n"
             );
             response.into_bytes()
+        }
+
+        /// Whether a header, which is a comma-separated list across all its lines (RFC 9110,
+        /// section 5.6.1), has this member.
+        fn has(&self, name: header::HeaderName, member: &str) -> bool {
+            let lines = self.request.headers().get_all(name).into_iter();
+            let mut members = lines.flat_map(|line| line.to_str().unwrap_or_default().split(','));
+            members.any(|found| found.trim_matches([' ', '\t']).eq_ignore_ascii_case(member))
         }
 
         /// What proxies say about where the request came from, as ` forwarded_for="…"` for the
@@ -2722,14 +2716,6 @@ mod http {
         Answer::new(BAD_REQUEST, &format!("expected HTTP/1.1: {what}"))
     }
 
-    /// The members of a comma-separated list, across all header lines of that name (RFC 9110,
-    /// section 5.6.1).
-    fn elements(headers: &HeaderMap, name: header::HeaderName) -> impl Iterator<Item = &str> {
-        let lines = headers.get_all(name).into_iter();
-        let members = lines.flat_map(|line| line.to_str().unwrap_or_default().split(','));
-        members.map(|member| member.trim_matches([' ', '\t']))
-    }
-
     /// The password from the credentials of `Basic` (RFC 7617).
     fn password(credentials: &str) -> Option<String> {
         let pair = Base64::decode_to_vec(credentials, None).ok()?;
@@ -2742,7 +2728,7 @@ mod http {
 /// Reads the configuration file and the environment, nothing else. Promises that everything in a
 /// `Config` can be used as it is, and that an error says where it comes from.
 mod config {
-    use crate::web::is_https_or_loopback;
+    use crate::web::{self, first_set, is_https_or_loopback};
     use serde::{Deserialize, Serialize};
     use std::collections::BTreeMap;
     use std::fmt::{self, Display};
@@ -3011,10 +2997,10 @@ mod config {
     /// Applies defaults, file and environment, in that order. The file's path may come from the
     /// environment, too. An error begins with the file or the variable that it comes from.
     pub fn load(path: Option<&str>) -> Result<Config, String> {
-        let variable = env::var_os("NIX_RELAY_CONFIG").filter(|path| !path.is_empty());
-        let path = path.map(PathBuf::from).or(variable.map(PathBuf::from));
+        let variable = first_set(&["NIX_RELAY_CONFIG"]).map(|(_, path)| path);
+        let path = path.map(String::from).or(variable);
         let text = path.as_ref().map_or(Ok(String::new()), fs::read_to_string);
-        let name = path.unwrap_or("defaults".into()).display().to_string();
+        let name = path.unwrap_or("defaults".into());
         let text = text.map_err(|e| format!("{name}: {e}"))?;
         let invalid = |mut e: Error| {
             e.set_input(Some(&text));
@@ -3043,6 +3029,7 @@ mod config {
                     .map_err(|e| format!("{variable}: {}", e.message()))?;
             }
         }
+        web::check_environment()?;
         config.effective = toml::to_string(&config).map_err(words)?;
         config.rules = config.auth.rules(&config.daemon.extra_args)?;
         Ok(config)
@@ -3300,9 +3287,13 @@ mod web {
             || address.is_ok_and(|address| address.is_loopback())
     }
 
-    /// The first of these variables that is set and not empty, and its value.
+    /// The first of these variables that is set and not empty, and its value. In that, what is not
+    /// UTF-8 becomes U+FFFD.
     pub fn first_set(names: &[&'static str]) -> Option<(&'static str, String)> {
-        let value = |name| env::var(name).ok().filter(|value| !value.is_empty());
+        let value = |name| {
+            let value = env::var_os(name)?.to_string_lossy().into_owned();
+            (!value.is_empty()).then_some(value)
+        };
         names.iter().find_map(|&name| Some((name, value(name)?)))
     }
 

@@ -557,7 +557,13 @@ fn a_daemon_that_does_not_start() {
             .start();
         // Twice, as the first must give its permit back.
         for _ in 0..2 {
-            refused(&relay, &request, "502 Bad Gateway", &[], "nix-daemon");
+            refused(
+                &relay,
+                &request,
+                "502 Bad Gateway",
+                &["nix-relay-retry: no"],
+                "nix-daemon",
+            );
             let (answer, line) = relay.refused(request.as_bytes());
             assert!(line.contains(path) && line.contains(cause), "{line}");
             assert!(
