@@ -32,13 +32,18 @@ use tungstenite::http::{HeaderMap, Response, header};
 use tungstenite::protocol::{Role, frame::coding::CloseCode};
 use tungstenite::{ClientRequestBuilder, Error, HandshakeError};
 use ureq::Proxy;
+use ureq::config::Config;
 use ureq::http::{StatusCode, Uri};
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::NextTimeout;
 
 /// For each answer, be it a proxy's, to a TLS handshake, or the relay's: if that is full, it keeps
 /// its clients waiting for `queue_timeout_secs`, which is 30 at most.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(40);
 /// A resolver asks a silent name server for 5 s, often twice, before it asks the next one.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
+/// What glibc and musl say of a name that does not exist.
+const UNKNOWN_NAME: [&str; 2] = ["name or service not known", "name does not resolve"];
 /// How long one address of a name is waited for before another is tried beside it (RFC 8305,
 /// section 5).
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -242,6 +247,10 @@ impl From<io::Error> for Failure {
             return Failure::lasting(tls_words(e));
         }
 
+        if e.kind() == ErrorKind::NotFound {
+            return Failure::lasting(e.to_string());
+        }
+
         Failure::passing(match e.kind() {
             ErrorKind::ConnectionRefused => {
                 "connection refused; does a server run there, and is the port right?".into()
@@ -414,7 +423,7 @@ fn request_token(url: &str, secret: &str) -> Result<String, Failure> {
         return Err(Failure::lasting("it must be an https URL"));
     }
     let audience = variable("NIX_RELAY_AUDIENCE").unwrap_or("api://nix-relay".into());
-    let answer = web::get_json(url, |request| {
+    let answer = web::get_json(url, Dialling, |request| {
         let request = request.query("audience", &audience);
         request.header("Authorization", format!("Bearer {secret}"))
     })?;
@@ -433,8 +442,8 @@ fn in_thread<T: Send + 'static>(
     Ok(receiver)
 }
 
-/// The addresses of a host. That there is no such name may pass as well: std does not tell it from
-/// name servers that fail.
+/// The addresses of a host. An unknown name is `NotFound`; std tells it from name servers that fail
+/// by the words of the C library alone.
 fn look_up(host: &str, port: u16) -> io::Result<vec::IntoIter<SocketAddr>> {
     let place = (host.trim_matches(['[', ']']).to_owned(), port);
     let found = in_thread(move || place.to_socket_addrs())?;
@@ -444,18 +453,21 @@ fn look_up(host: &str, port: u16) -> io::Result<vec::IntoIter<SocketAddr>> {
     found.map_err(|e| {
         let words = e.to_string().to_lowercase();
         let words = words.rsplit(": ").next().unwrap_or_default();
-        io::Error::other(format!(
-            "cannot resolve {host}: {words}; is the name right?"
-        ))
+        let kind = match UNKNOWN_NAME.contains(&words) {
+            true => ErrorKind::NotFound,
+            false => ErrorKind::Other,
+        };
+        let text = format!("cannot resolve {host}: {words}; is the name right?");
+        io::Error::new(kind, text)
     })
 }
 
-/// Connects to a host, at the first of its addresses that answers. While one does not, the
-/// next is tried beside it.
-fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
+/// Connects to the first of these addresses that answers. While one does not, the next is tried
+/// beside it.
+fn dial(addresses: vec::IntoIter<SocketAddr>) -> io::Result<TcpStream> {
     let (sender, answers) = mpsc::channel();
     let mut early = Vec::new();
-    for address in look_up(host, port)? {
+    for address in addresses {
         let sender = sender.clone();
         let connect = move || sender.send(TcpStream::connect_timeout(&address, STEP_TIMEOUT));
         thread::Builder::new().spawn(connect)?;
@@ -474,6 +486,33 @@ fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
         }
     }
     Err(failure)
+}
+
+/// For ureq, which tries the addresses of a name in turn: finds the one that answers.
+#[derive(Debug)]
+struct Dialling;
+
+impl Resolver for Dialling {
+    fn resolve(
+        &self,
+        uri: &Uri,
+        _: &Config,
+        _: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
+        let default_port = if uri.scheme_str() == Some("http") {
+            80
+        } else {
+            443
+        };
+        let port = uri.port_u16().unwrap_or(default_port);
+        let addresses = look_up(uri.host().unwrap_or_default(), port)?;
+        let mut found = self.empty();
+        found.push(match addresses.as_slice() {
+            [one] => *one,
+            _ => dial(addresses)?.peer_addr()?,
+        });
+        Ok(found)
+    }
 }
 
 /// Where the relay is, and how to reach it.
@@ -624,10 +663,11 @@ impl Target {
     /// Connects to the relay by TCP, or through a proxy (RFC 9110, section 9.3.6).
     fn connect(&self) -> Result<TcpStream, Failure> {
         let proxy = self.proxy.as_ref();
-        let socket = match proxy {
-            None => dial(&self.host, self.port)?,
-            Some(proxy) => dial(proxy.host(), proxy.port())?,
+        let addresses = match proxy {
+            None => look_up(&self.host, self.port),
+            Some(proxy) => look_up(proxy.host(), proxy.port()),
         };
+        let socket = dial(addresses?)?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         let Some(proxy) = proxy else {

@@ -818,6 +818,7 @@ mod oidc {
     use std::sync::{Arc, Mutex};
     use std::time::{Duration, Instant};
     use std::{fmt, fs, io, thread};
+    use ureq::unversioned::resolver::DefaultResolver;
 
     /// How far the issuer's clock and ours may differ.
     const CLOCK_SKEW_SECS: u64 = 60;
@@ -1235,8 +1236,10 @@ mod oidc {
     /// Fetches the discovery document and then the key set (OpenID Connect Discovery 1.0,
     /// sections 4.1 to 4.3).
     pub(crate) fn fetch_jwks(issuer: &str) -> Result<Vec<Key>, String> {
-        let get =
-            |url: &str| web::get_json(url, |request| request).map_err(|e| format!("{url}: {e}"));
+        let get = |url: &str| {
+            web::get_json(url, DefaultResolver::default(), |request| request)
+                .map_err(|e| format!("{url}: {e}"))
+        };
         let url = issuer.trim_end_matches('/');
         let document = get(&format!("{url}/.well-known/openid-configuration"))?;
         let named = &document["issuer"];
@@ -3253,6 +3256,8 @@ mod web {
     use ureq::http::{HeaderMap, StatusCode, Uri, header};
     use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
     use ureq::typestate::WithoutBody;
+    use ureq::unversioned::resolver::Resolver;
+    use ureq::unversioned::transport::DefaultConnector;
     use ureq::{Agent, Proxy, ProxyProtocol, RequestBuilder};
 
     pub const AGENT: &str = concat!("nix-relay/", env!("CARGO_PKG_VERSION"));
@@ -3369,6 +3374,7 @@ mod web {
     /// environment is an `Other`.
     pub fn get_json(
         url: &str,
+        resolver: impl Resolver,
         prepare: impl FnOnce(Request) -> Request,
     ) -> Result<Value, ureq::Error> {
         let other = |text: String| ureq::Error::Other(text.into());
@@ -3386,8 +3392,9 @@ mod web {
             .max_redirects(0)
             .accept_encoding("identity")
             .user_agent(AGENT);
-        let request = config.build().new_agent().get(url);
-        let mut answer = prepare(request).call()?;
+        let connector = DefaultConnector::default();
+        let agent = Agent::with_parts(config.build(), connector, resolver);
+        let mut answer = prepare(agent.get(url)).call()?;
         check(answer.status(), answer.headers()).map_err(other)?;
         let body = answer.body_mut().with_config().limit(MAX_DOCUMENT_BYTES);
         let body = body.read_to_vec()?;

@@ -367,15 +367,28 @@ fn each_wait_has_a_limit() {
     });
 }
 
-/// A name with two addresses, of which the first never answers.
+/// A name with two addresses, of which the first never answers: the relay's, and the token endpoint's.
 #[test]
 fn all_addresses_of_a_name_are_tried() {
     let (issuer, dir) = (Issuer::start(), Dir::new());
     let relay = Setup::new(&issuer).set("LISTEN", "127.0.0.4:0").start();
-    let _hole = black_hole(SocketAddrV4::new(
-        [127, 0, 0, 1].into(),
-        relay.address.port(),
-    ));
+    let hole = |port| black_hole(SocketAddrV4::new([127, 0, 0, 1].into(), port));
+    let endpoint = TcpListener::bind("127.0.0.4:0").unwrap();
+    let port = endpoint.local_addr().unwrap().port();
+    let _holes = [hole(relay.address.port()), hole(port)];
+    let body = json!({"value": issuer.token()}).to_string();
+    let answer = format!(
+        "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    thread::spawn(move || {
+        for mut stream in endpoint.incoming().flatten() {
+            // One connection does nothing but find the address.
+            if stream.read(&mut [0; 4096]).is_ok_and(|length| length > 0) {
+                let _ = stream.write_all(answer.as_bytes());
+            }
+        }
+    });
     let hosts = dir.write(
         "hosts",
         "127.0.0.1 relay.localhost\n127.0.0.4 relay.localhost\n",
@@ -388,7 +401,11 @@ fn all_addresses_of_a_name_are_tried() {
             "NIX_RELAY_URL",
             format!("ws://relay.localhost:{}", relay.address.port()),
         )
-        .env("NIX_RELAY_TOKEN", issuer.token())
+        .env(
+            "ACTIONS_ID_TOKEN_REQUEST_URL",
+            format!("http://relay.localhost:{port}/?x=y"),
+        )
+        .env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "secret")
         .stdin(Stdio::piped());
     let start = Instant::now();
     let mut session = Session::start(&mut command);
@@ -1316,23 +1333,27 @@ fn name_servers_that_fail() {
     name_server("127.1.0.2", |_| Answer::Code(3));
     name_server("127.1.0.3", |_| Answer::Silence);
     let fails = "cannot reach wss://relay.example.com:1/relay: ";
-    for (conf, expected) in [
+    // Only a name that does not exist is given up at once.
+    for (conf, expected, lines) in [
         (
             "nameserver 127.1.0.1",
             "cannot resolve relay.example.com: temporary failure in name resolution",
+            2,
         ),
         (
             "nameserver 127.1.0.2",
             "cannot resolve relay.example.com: name or service not known",
+            1,
         ),
         (
             "nameserver 127.1.0.3\noptions timeout:30",
             "no answer from the name servers within 20 s",
+            2,
         ),
     ] {
         let mut command = client_with_dns("wss://relay.example.com:1", conf);
         let said = failures(command.env("NIX_RELAY_RETRY_SECS", "22"));
-        assert_eq!(said.len(), 2, "{said:?}");
+        assert_eq!(said.len(), lines, "{said:?}");
         assert!(
             said.iter()
                 .all(|line| line.starts_with(&format!("{fails}{expected}"))),
