@@ -8,7 +8,7 @@ mod support;
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-use std::{env, fs, thread};
+use std::{env, thread};
 use support::*;
 
 /// At once; the relay has fewer permits, so that some wait.
@@ -117,16 +117,6 @@ fn visit(relay: &Relay, issuer: &Issuer, dice: u64) {
     }
 }
 
-/// Its memory now, in KiB, but for the pages of its own file: how many of those are there is a matter of what ran so far.
-fn rss(relay: &Relay) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", relay.child.id())).unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("RssAnon:"))
-        .unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 /// Adds up sessions opened, sessions ended, and panics.
 fn count(log: String, sums: &mut [usize; 3]) {
     for (sum, part) in sums
@@ -190,7 +180,8 @@ fn main() {
         }
         count(relay.log.take(), &mut sums);
         let minutes = start.elapsed().as_secs_f64() / 60.0;
-        memory.push(rss(&relay));
+        // Without the pages of its own file: how many of those are there is a matter of what ran so far.
+        memory.push(relay.memory("RssAnon:"));
         println!(
             "{minutes:7.1} {:8} {:8} {:8} {counts}",
             visits.load(Relaxed),
