@@ -2,7 +2,7 @@
 
 use crate::support::*;
 use rustix::net::{connect_unspec, sockopt};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::thread;
 use std::time::Duration;
@@ -429,4 +429,33 @@ fn a_close_amid_a_flood_of_pings() {
         let (data, code, _) = client.until_close();
         assert_eq!((data.len(), code), (1_000_000, 1000));
     }
+}
+
+/// Run as the unit runs it, the relay keeps nothing of what sessions had. It takes a second round to see what glibc would
+/// do: once it has freed a large block, it takes such blocks from its heaps, and each thread may have one.
+#[test]
+fn memory_is_given_back() {
+    const LENGTH: usize = 4 << 20;
+    let issuer = Issuer::start();
+    let unit = fs::read_to_string(project("nix/nix-relay.service")).unwrap();
+    let variables = unit
+        .lines()
+        .filter_map(|line| line.strip_prefix("Environment=")?.split_once('='))
+        .filter(|(name, _)| *name != "PATH");
+    let setup = Setup::new(&issuer).daemon(&format!("head -c {LENGTH} >/dev/null"));
+    let relay = variables
+        .fold(setup, |setup, (name, value)| setup.env(name, value))
+        .start();
+    let before = relay.at_rest();
+    for _ in 0..2 {
+        let mut clients = [(); 16].map(|()| relay.connect(&issuer.token()));
+        for client in &mut clients {
+            client.send(vec![0; LENGTH]);
+            assert_eq!(client.until_close().1, 1000);
+        }
+        drop(clients);
+        relay.back_to(before);
+    }
+    let kept = relay.memory("RssAnon:");
+    assert!(kept < 12 << 10, "{kept} KiB");
 }
