@@ -8,7 +8,7 @@ use crate::copy::{
     self, CLOSE_TIMEOUT, End, Half, Keepalive, Link, Pipes, Reason, Receiving, Stream,
 };
 use crate::poll::{self, Event, lock};
-use crate::web::{self, AGENT, STEP_TIMEOUT, is_loopback, proxy_for, text_of};
+use crate::web::{self, AGENT, LOOKUP_TIMEOUT, STEP_TIMEOUT, is_loopback, proxy_for, text_of};
 use jwt_simple::{prelude::Base64, reexports::ct_codecs::Encoder};
 use rustix::io::ioctl_fionbio;
 use rustix::pipe::fcntl_setpipe_size;
@@ -37,11 +37,9 @@ use ureq::http::{StatusCode, Uri};
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
 
-/// For each answer, be it a proxy's, to a TLS handshake, or the relay's: if that is full, it keeps
-/// its clients waiting for `queue_timeout_secs`, which is 30 at most.
+/// For each answer, be it a proxy's or the relay's: if that is full, it keeps its clients waiting
+/// for `queue_timeout_secs`, which is 30 at most.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(40);
-/// A resolver asks a silent name server for 5 s, often twice, before it asks the next one.
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
 /// What glibc and musl say of a name that does not exist.
 const UNKNOWN_NAME: [&str; 2] = ["name or service not known", "name does not resolve"];
 /// How long one address of a name is waited for before another is tried beside it (RFC 8305,
@@ -59,9 +57,9 @@ const REMINDER: Duration = Duration::from_secs(60);
 /// The size of the two pipes to Nix. With smaller ones, Nix and the client often wait for
 /// each other.
 const PIPE_BYTES: usize = 512 << 10;
-/// The size of standard error, and of what a wrapper may have put in its place and left to us as
-/// this. With `builders`, Nix's log of a build goes there, and Nix reads none of it while another
-/// build waits for its session. An unprivileged user gets no more (pipe(7)).
+/// The size of standard error, and of Nix's own, which a wrapper may leave to us as 3. With
+/// `builders`, Nix's log of a build goes there, and Nix reads none of it while another build waits
+/// for its session. An unprivileged user gets no more (pipe(7)).
 const LOG_BYTES: usize = 1 << 20;
 const NIX_STDERR: &str = "/dev/fd/3";
 /// Limits on the head or body of an answer, and on a token.
@@ -152,7 +150,7 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
         let _ = fcntl_setpipe_size(pipe, PIPE_BYTES);
     }
     let _ = fcntl_setpipe_size(io::stderr(), LOG_BYTES);
-    if let Ok(log) = File::options().write(true).open(NIX_STDERR) {
+    if let Ok(log) = File::options().read(true).write(true).open(NIX_STDERR) {
         let _ = fcntl_setpipe_size(log, LOG_BYTES);
     }
     link.run(&[], session.receiving, pipes, || {
@@ -233,7 +231,7 @@ impl From<ureq::Error> for Failure {
             ureq::Error::Io(e) => e.into(),
             ureq::Error::StatusCode(code) if !may_pass(code) => Failure::lasting(text),
             ureq::Error::Other(e) => Failure::lasting(e.to_string()),
-            ureq::Error::ConnectProxyFailed(e) => {
+            ureq::Error::ConnectProxyFailed(e) if e.contains(" 4") => {
                 Failure::lasting(format!("the proxy refused: {e}"))
             }
             _ => Failure::passing(text),
@@ -248,7 +246,7 @@ impl From<io::Error> for Failure {
         }
 
         if e.kind() == ErrorKind::NotFound {
-            return Failure::lasting(e.to_string());
+            return Failure::lasting(system_words(&e));
         }
 
         Failure::passing(match e.kind() {
@@ -753,7 +751,7 @@ fn ask_proxy(mut socket: &TcpStream, request: &str) -> Result<(), Failure> {
     })
 }
 
-/// Trusts Mozilla's authorities, and those in SSL_CERT_FILE.
+/// For a server with a certificate of one of `web::authorities`.
 fn tls_config() -> Result<Arc<ClientConfig>, String> {
     let mut roots = RootCertStore::empty();
     let all = web::authorities()?;

@@ -151,6 +151,7 @@ fn warn_of_surroundings(config: &Config) {
     if access(DAEMON_SOCKET, Access::WRITE_OK) == Err(Errno::ACCESS) {
         warn!("{DAEMON_SOCKET} is closed to this user: add it to that file's group");
     }
+    // Dropped, and so killed, at once.
     if let Err(answer) = Daemon::spawn(config, &config.daemon.extra_args) {
         warn!(
             "each session will be answered {}{}",
@@ -771,7 +772,7 @@ mod policy {
     fn fits(rule: &Rule, patterns: &[String], claim: Option<&Value>) -> bool {
         patterns.iter().any(|pattern| {
             let mut values = values(claim).iter().filter_map(text);
-            // One that the library finds too long is longer than any token.
+            // A pattern that the library finds too long is longer than any token.
             let pattern = compile(pattern, rule.ignores_case);
             pattern.is_ok_and(|pattern| values.any(|value| pattern.is_match(&value)))
         })
@@ -1558,7 +1559,7 @@ mod session {
         fn start(mut command: Command, max_connections: NonZeroU32) -> io::Result<Daemon> {
             let (input, stdin) = io::pipe()?;
             let (stdout, output) = io::pipe()?;
-            let (errors, stderr) = io::pipe()?;
+            let (stderr, errors) = io::pipe()?;
             ioctl_fionbio(&stdin, true)?;
             ioctl_fionbio(&stdout, true)?;
             let share = (PIPES_BYTES / max_connections).max(1).ilog2();
@@ -1567,12 +1568,12 @@ mod session {
             let _ = fcntl_setpipe_size(&stdin, size);
             let _ = fcntl_setpipe_size(&stdout, size / 4);
 
-            let command = command.stdin(input).stdout(output).stderr(stderr);
+            let command = command.stdin(input).stdout(output).stderr(errors);
             // Once it runs, it is killed and reaped whatever fails.
             let process = Process {
                 child: command.spawn()?,
                 stderr: Stderr {
-                    pipe: Some(errors),
+                    pipe: Some(stderr),
                     ..Stderr::default()
                 },
             };
@@ -1936,9 +1937,8 @@ mod copy {
         }
 
         /// Makes a frame (RFC 6455, section 5.2) of the payload that `fill` adds to the buffer.
-        /// Everything before must be sent.
-        /// Returns the length of the payload; there is no frame of data without any. Fails
-        /// before that if there is no randomness.
+        /// Everything before must be sent. Returns the length of the payload; there is no frame of
+        /// data without any. If there is no randomness, fails before it calls `fill`.
         fn frame(
             &mut self,
             opcode: OpCode,
@@ -2353,10 +2353,13 @@ mod copy {
         pub fn close(&self, code: Option<CloseCode>, reason: &str, limit: Duration) {
             let until = Instant::now() + limit;
             self.send_close(code, reason, || Instant::now() >= until);
-            // The peer answers with a Close, or ends the connection, once it has received all.
-            while !self.inward_stopped.is_set() && Instant::now() < until {
-                poll::ready([self.inward_stopped.poll_fd()], Some(until));
-            }
+            // A buffer of the smallest size has room when the peer has received what it held. The
+            // peer's own Close says the same, if `inward` still reads.
+            let _ = sockopt::set_socket_send_buffer_size(&self.socket, 0);
+            let nothing = [PollFlags::empty(); 2];
+            let room = PollFd::new(&self.socket, PollFlags::OUT);
+            let fds = [room, self.inward_stopped.poll_fd()];
+            while poll::ready(fds.clone(), Some(until)) == nothing && Instant::now() < until {}
             poll::linger(&self.socket, CLOSE_TIMEOUT);
         }
 
@@ -2495,9 +2498,9 @@ mod http {
         "Upgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Version: 13\r\n",
     );
     pub const HEAD_TOO_LARGE: Status = Status(431, "Request Header Fields Too Large", "");
-    /// The client left before it had an answer. Nobody hears this; nginx has it in its log, too.
+    /// The client left before it had an answer. Nobody hears this; nginx logs the same number.
     pub const CLIENT_LEFT: Status = Status(499, "Client Closed Request", "");
-    /// The header tells our client that waiting does not help, as it does if a proxy says this.
+    /// The header tells our client that this stays. A proxy's 502 may pass.
     pub const BAD_GATEWAY: Status = Status(502, "Bad Gateway", "Nix-Relay-Retry: no\r\n");
     pub const DRAINING: Status = Status(503, "Service Unavailable", "");
     pub const RETRY_LATER: Status = Status(503, "Service Unavailable", "Retry-After: 2\r\n");
@@ -3262,8 +3265,8 @@ mod web {
 
     pub const AGENT: &str = concat!("nix-relay/", env!("CARGO_PKG_VERSION"));
     /// A resolver asks a silent name server for 5 s, often twice, before it asks the next one.
-    const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
-    /// ureq tries the addresses of a name in turn, and gives the first two thirds of this.
+    pub const LOOKUP_TIMEOUT: Duration = Duration::from_secs(20);
+    /// ureq tries the addresses of a name in turn, and gives all of them this.
     const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
     /// For each other step of a request.
     pub const STEP_TIMEOUT: Duration = Duration::from_secs(10);
@@ -3306,9 +3309,11 @@ mod web {
     /// NIX_SSL_CERT_FILE. A file that is not there counts as empty: Nix's shells name one. Fails
     /// with a message if the file cannot be used.
     pub fn authorities() -> Result<Vec<Certificate<'static>>, String> {
+        // One of them, TUBITAK's, is not held to names below .tr here, as little as by OpenSSL.
         let mozilla = webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter();
         let mut all: Vec<_> = mozilla.map(|root| Certificate::from_der(root)).collect();
-        let set = first_set(&AUTHORITIES).filter(|(_, path)| Path::new(path).exists());
+        let is_there = |path: &str| Path::new(path).try_exists().unwrap_or(true);
+        let set = first_set(&AUTHORITIES).filter(|(_, path)| is_there(path));
         if let Some((name, path)) = set {
             let unusable = |cause: &dyn fmt::Display| format!("{name}={path}: {cause}");
             let pem = fs::read(&path).map_err(|e| unusable(&e))?;

@@ -84,7 +84,12 @@ in
         message = "Everybody on this machine can read what is in the store: set services.nix-relay-client.tokenFile to a file elsewhere, such as \"/run/keys/nix-relay\".";
       }
       {
-        assertion = !cfg.environment ? NIX_RELAY_TOKEN;
+        assertion = builtins.all (name: !cfg.environment ? ${name}) [
+          "ACTIONS_ID_TOKEN_REQUEST_TOKEN"
+          "CIRCLE_OIDC_TOKEN_V2"
+          "GITLAB_OIDC_TOKEN"
+          "NIX_RELAY_TOKEN"
+        ];
         message = "Everybody on this machine could read the token in services.nix-relay-client.environment: set services.nix-relay-client.tokenFile to a file that has it.";
       }
       {
