@@ -6,11 +6,12 @@ mod support;
 
 use rustix::net::RecvFlags;
 use rustix::pipe::SpliceFlags;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::any::Any;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
@@ -18,7 +19,7 @@ use std::{env, thread};
 use support::{nix::*, *};
 
 const USAGE: &str = "bench [--quick | --runs N] [--against NIX-RELAY] [--load NAME] \
-    [raw | steps | growth | nix]…";
+    [raw | steps | growth | nix | links]…";
 
 /// What to measure, and how often.
 struct Options {
@@ -46,7 +47,7 @@ impl Options {
                 "--runs" => options.runs = arguments.next().expect(USAGE).parse().expect(USAGE),
                 "--against" => options.against = Some(arguments.next().expect(USAGE)),
                 "--load" => options.load = Some(arguments.next().expect(USAGE)),
-                "raw" | "steps" | "growth" | "nix" => options.tables.push(argument),
+                "raw" | "steps" | "growth" | "nix" | "links" => options.tables.push(argument),
                 _ => panic!("{USAGE}"),
             }
         }
@@ -82,6 +83,9 @@ fn main() {
     }
     if options.wants("growth") {
         growth(&issuer, &options);
+    }
+    if options.wants("links") {
+        links(&options);
     }
 }
 
@@ -696,12 +700,15 @@ impl Nix {
         let mut command = self.command("nix");
         command.args(arguments).envs(self.variables.iter().cloned());
         command.envs(route.variables.iter().cloned());
+        // Not a pipe, which clients may hold for longer than Nix runs.
+        let log = self.home.path("log");
+        command.stderr(File::create(&log).unwrap());
         let start = Instant::now();
-        let output = command.output().unwrap();
+        let status = command.stdout(Stdio::null()).status().unwrap();
         let secs = start.elapsed().as_secs_f64();
-        let log = texts(&output).1;
         let name = route.name;
-        assert!(output.status.success(), "{name}: nix {arguments:?}:\n{log}");
+        let log = || fs::read_to_string(&log).unwrap();
+        assert!(status.success(), "{name}: nix {arguments:?}:\n{}", log());
         secs
     }
 
@@ -722,27 +729,27 @@ impl Nix {
             io::copy(&mut (&random).take(bytes), &mut file).unwrap();
             command.arg(path);
         }
-        let output = command.output().unwrap();
-        assert!(output.status.success(), "{}", texts(&output).1);
-        texts(&output).0.lines().map(String::from).collect()
+        added(command)
     }
+}
+
+fn added(mut command: Command) -> Vec<String> {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", texts(&output).1);
+    texts(&output).0.lines().map(String::from).collect()
 }
 
 fn with_nix(issuer: &Issuer, options: &Options) {
     let home = Dir::new();
     let remote = Dir::new();
-    let own_store = project("test/support/own-store").display().to_string();
-    let script = format!(
-        "export HOME={0} NIX_CONFIG='{CONFIG}'\nexec {own_store} {0}/nix nix-daemon \"$@\"",
-        remote.path("").display()
-    );
-    let daemon = remote.script("daemon", &script).display().to_string();
+    let own_store = own_store();
+    let daemon = nix_daemon(&own_store, &remote);
     let relay = Setup::new(issuer).set("DAEMON_PATH", &daemon).start();
     let nix = Nix {
         variables: token_variables(issuer).into(),
         home,
     };
-    let (proxy, _nginx) = nginx(&nix.home, relay.address);
+    let (proxy, _nginx) = nginx(&nix.home, relay.address, "127.0.0.1");
     let mut routes = routes(&nix.home, &daemon, relay.address, proxy);
     // One of before the client was in it has no such column.
     let against = options.against.as_ref().filter(|program| {
@@ -810,6 +817,19 @@ fn with_nix(issuer: &Issuer, options: &Options) {
     table.print_relative();
 }
 
+fn own_store() -> String {
+    project("test/support/own-store").display().to_string()
+}
+
+/// A script that runs nix-daemon for the store in `remote`.
+fn nix_daemon(own_store: &str, remote: &Dir) -> String {
+    let script = format!(
+        "export HOME={0} NIX_CONFIG='{CONFIG}'\nexec {own_store} {0}/nix nix-daemon \"$@\"",
+        remote.path("").display()
+    );
+    remote.script("daemon", &script).display().to_string()
+}
+
 /// Through a relay at this address, with the client that is `program`.
 fn through(name: &'static str, program: &str, address: SocketAddr) -> Route {
     Route {
@@ -827,7 +847,7 @@ fn routes(home: &Dir, daemon: &str, relay: SocketAddr, proxy: SocketAddr) -> Vec
         ("SSL_CERT_FILE", home.path("ca.pem").display().to_string()),
     ];
     let client_sh = project("client.sh").display().to_string();
-    let options = sshd(home);
+    let options = sshd(home, "127.0.0.1");
     let direct = |name, host| Route {
         name,
         store: format!("ssh-ng://{host}?remote-program={daemon}"),
@@ -840,6 +860,180 @@ fn routes(home: &Dir, daemon: &str, relay: SocketAddr, proxy: SocketAddr) -> Vec
         through("client.sh, ws", &client_sh, relay),
         direct("OpenSSH", "127.0.0.1"),
     ]
+}
+
+/// Two network namespaces, for a server and for its clients, and the link between them, of test/peer.
+struct Network {
+    name: String,
+    _link: Server,
+}
+
+/// Where the server is.
+const SERVER: &str = "10.213.0.1";
+
+impl Network {
+    fn new(mbit: &str) -> Network {
+        let name = format!("nr{}", std::process::id());
+        let mut link = Command::new("nice");
+        link.arg("-n-10").arg(project("target/release/link"));
+        link.args([&name, mbit, "10"]);
+        link.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = link.spawn().unwrap();
+        let mut ready = BufReader::new(child.stdout.take().unwrap());
+        ready.read_line(&mut String::new()).unwrap();
+        let script = format!(
+            "for end in a b; do
+                ip netns add {name}$end; ip link set {name}$end netns {name}$end
+                [ $end = a ] && address={SERVER} || address=10.213.0.2
+                nsenter --net=/run/netns/{name}$end sh -ec \"
+                    ip link set lo up; ip addr add $address/30 dev {name}$end; ip link set {name}$end up\"
+            done"
+        );
+        let network = Network {
+            name,
+            _link: Server(child),
+        };
+        let status = Command::new("sh").args(["-ec", &script]).status();
+        assert!(status.unwrap().success());
+        network
+    }
+
+    /// For the server (a) or its clients (b): a socket belongs to the namespace in which it was made.
+    fn within<T: Send>(&self, end: char, run: impl FnOnce() -> T + Send) -> T {
+        let run = || {
+            let namespace = File::open(format!("/run/netns/{}{end}", self.name)).unwrap();
+            let network = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(namespace.as_fd(), network).unwrap();
+            run()
+        };
+        thread::scope(|scope| scope.spawn(run).join().unwrap())
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        for end in ["a", "b"] {
+            let mut ip = Command::new("ip");
+            ip.args(["netns", "del", &format!("{}{end}", self.name)]);
+            let _ = ip.status();
+        }
+    }
+}
+
+/// Adds to a store what is like a real closure, of files of this machine, in 16 paths: 40 MB of libraries, and headers, texts
+/// and compressed files.
+fn add_closure(nix: &Nix, store: &str) -> Vec<String> {
+    let script = r#"
+        gather() {
+            name=$1 bytes=$2 && shift 2
+            find "$@" -type f -printf '%s %p\n' | LC_ALL=C sort -k 2 | awk -v name="$name" -v all="$bytes" '
+                size + $1 <= all { part = int(4 * size / all); size += $1; sub(/^[^ ]* /, ""); print >(name part) }
+                END { if (size < all * 0.9) { print "too few files for the " name >"/dev/stderr"; exit 1 } }'
+            for part in "$name"?; do
+                mkdir "$part.d"; xargs -d '\n' cp --parents -t "$part.d" <"$part"
+            done
+        }
+        mkdir closure; cd closure
+        gather libraries 40000000 /usr/lib -name '*.so*' -size -8000k
+        gather headers 15000000 /usr/include
+        gather texts 15000000 /usr/share -size -1000k ! -name '*.gz' ! -name '*.png'
+        gather compressed 16000000 /usr/share -name '*.gz' -size -1000k
+        nix-store --store "$0" --add *.d"#;
+    let mut shell = nix.command("bash");
+    shell.args(["-euo", "pipefail", "-c", script, store]);
+    shell.current_dir(nix.home.path(""));
+    added(shell)
+}
+
+fn links(options: &Options) {
+    let remote = Dir::new();
+    let own_store = own_store();
+    let daemon = nix_daemon(&own_store, &remote);
+    let mut nix = Nix {
+        home: Dir::new(),
+        variables: Vec::new(),
+    };
+    let source = nix.home.path("source").display().to_string();
+    let paths = add_closure(&nix, &source);
+
+    println!();
+    for mbit in ["100", "1000"] {
+        let network = Network::new(mbit);
+        let keys = Dir::new();
+        let (issuer, relay, (proxy, _nginx), ssh) = network.within('a', || {
+            let issuer = Issuer::start();
+            let relay = Setup::new(&issuer).set("DAEMON_PATH", &daemon).start();
+            let nginx = nginx(&keys, relay.address, SERVER);
+            (issuer, relay, nginx, sshd(&keys, SERVER))
+        });
+        let routes = routes_over_link(&keys, &daemon, proxy, &ssh);
+        let columns = routes.iter().map(|route| route.name.into());
+        let mut table = Table::new(columns.collect());
+
+        for run in 0..options.runs {
+            for column in turns(run, routes.len()) {
+                let route = &routes[column];
+                let store = &*route.store;
+                nix.variables = vec![("NIX_RELAY_TOKEN", issuer.token())];
+                let target = Dir::new();
+                let here = target.path("").display().to_string();
+                let mut note = |name: &str, run: &(dyn Fn() -> f64 + Sync)| {
+                    let name = format!("{mbit} Mbit/s: {name}");
+                    table.note(&name, 2, column, network.within('b', run));
+                };
+
+                new_store(&own_store, &remote);
+                note("`nix copy --to`, 86 MB", &|| {
+                    nix.copy(route, &source, store, &paths)
+                });
+                note("`nix copy --from`, the same", &|| {
+                    nix.copy(route, store, &here, &paths)
+                });
+                for _ in 0..5 {
+                    let ping = ["store", "ping", "--store", store];
+                    note("`nix store ping`", &|| nix.run(route, &ping));
+                }
+            }
+            eprintln!(
+                "run {} of {} at {mbit} Mbit/s is done",
+                run + 1,
+                options.runs
+            );
+        }
+        drop(relay);
+        table.print_relative();
+    }
+}
+
+/// With TLS, which OpenSSH has as well.
+fn routes_over_link(keys: &Dir, daemon: &str, proxy: SocketAddr, ssh: &str) -> Vec<Route> {
+    let client = env!("CARGO_BIN_EXE_nix-relay");
+    let client_sh = project("client.sh").display().to_string();
+    let wss = |name, program: &str| {
+        let mut route = through(name, program, proxy);
+        let authority = keys.path("ca.pem").display().to_string();
+        route.variables[0].1 = format!("wss://{proxy}");
+        route.variables.push(("SSL_CERT_FILE", authority));
+        route
+    };
+    let openssh = |name, more| Route {
+        name,
+        store: format!("ssh-ng://{SERVER}?remote-program={daemon}{more}"),
+        variables: vec![("NIX_SSHOPTS", ssh.into())],
+    };
+    let mut routes = vec![
+        wss("nix-relay", client),
+        wss("client.sh", &client_sh),
+        openssh("OpenSSH", ""),
+        openssh("OpenSSH, compress=true", "&compress=true"),
+    ];
+    let help = relay_at(client).arg("--help").output().unwrap();
+    if texts(&help).0.contains("NIX_RELAY_COMPRESS") {
+        let mut zstd = wss("nix-relay, zstd", client);
+        zstd.variables.push(("NIX_RELAY_COMPRESS", "zstd".into()));
+        routes.insert(1, zstd);
+    }
+    routes
 }
 
 /// An empty store for the daemon.
@@ -858,17 +1052,19 @@ fn new_store(own_store: &str, remote: &Dir) {
 }
 
 /// nginx with TLS in front of a relay, by the file in nix/: its address. `ca.pem` is for its clients.
-fn nginx(home: &Dir, relay: SocketAddr) -> (SocketAddr, Server) {
-    let make = "make='openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes'
+fn nginx(home: &Dir, relay: SocketAddr, host: &str) -> (SocketAddr, Server) {
+    let make = format!(
+        "make='openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes'
         $make -subj /CN=authority -keyout ca.key -out ca.pem
-        $make -subj /CN=relay -addext subjectAltName=DNS:localhost \
+        $make -subj /CN=relay -addext subjectAltName=DNS:localhost,IP:{host} \
             -addext basicConstraints=critical,CA:FALSE \
-            -CA ca.pem -CAkey ca.key -keyout relay.key -out relay.pem";
+            -CA ca.pem -CAkey ca.key -keyout relay.key -out relay.pem"
+    );
     let mut shell = Command::new("sh");
-    shell.args(["-c", make]).current_dir(home.path(""));
+    shell.args(["-c", &make]).current_dir(home.path(""));
     assert!(shell.stderr(Stdio::null()).status().unwrap().success());
 
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = TcpListener::bind((host, 0)).unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
     let file = fs::read_to_string(project("nix/nginx.conf")).unwrap();
@@ -893,7 +1089,7 @@ fn nginx(home: &Dir, relay: SocketAddr) -> (SocketAddr, Server) {
 }
 
 /// OpenSSH's server with a key of its own, for one user with another: the options for its client.
-fn sshd(dir: &Dir) -> String {
+fn sshd(dir: &Dir, host: &str) -> String {
     for key in ["host", "user"] {
         let mut make = Command::new("ssh-keygen");
         make.args(["-q", "-t", "ed25519", "-N", "", "-f"])
@@ -908,7 +1104,7 @@ fn sshd(dir: &Dir) -> String {
         path("user.pub")
     );
     let config = dir.write("sshd_config", &config);
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = TcpListener::bind((host, 0)).unwrap();
     let port = listener.local_addr().unwrap().port();
     thread::spawn(move || {
         for socket in listener.incoming() {
