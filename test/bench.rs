@@ -16,7 +16,7 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 use std::{env, thread};
-use support::{nix::*, *};
+use support::{issuer::now, nix::*, *};
 
 const USAGE: &str = "bench [--quick | --runs N] [--against NIX-RELAY] [--load NAME] \
     [raw | steps | growth | nix | links]…";
@@ -278,7 +278,7 @@ fn subjects<'a>(
             Subject {
                 address: relay.address,
                 id: relay.child.id(),
-                token: issuer.token(),
+                token: issuer.token_with(json!({"exp": now() + 3600})),
                 _process: Box::new(relay),
             }
         })
