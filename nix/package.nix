@@ -38,29 +38,41 @@ rustPlatform.buildRustPackage (finalAttrs: {
   checkFlags = map (test: "--skip=${test}") [
     # It takes root to make a namespace or a mount, and to become another user.
     "admin::a_moment_without_threads"
+    "audit::process_one_says_what_it_needs"
+    "children::a_user_from_whom"
     "chroot::"
+    "client_rs::a_name_server"
+    "client_rs::a_network_that_goes_away"
+    "client_rs::all_addresses"
+    "client_rs::an_issuer_whose_name"
+    "client_rs::hosts_that_need_no_proxy"
+    "client_rs::name_servers"
+    "client_rs::no_route"
     "peers::one_that_vanishes"
     "proxies::"
     "scarcity::a_full_tmp"
     "scarcity::threads"
-    "stdio::a_network_that_goes_away"
     # A Nix with a store of its own.
     "builders::"
     "nix::"
     "nixos::"
     "own::"
-    "stdio::the_other_protocol_of_nix"
+    "strangers::a_build_asks"
     "trouble::"
     "trust::"
     # curl, websocat, nginx, promtool.
     "action::"
     "admin::alert_rules"
     "admin::prometheus_can_read_them"
-    "client::"
-    "stdio::a_daemon_that_speaks_first"
-    "stdio::through_"
-    # The documentation.
+    "client_rs::a_daemon_that_speaks_first"
+    "client_rs::through_"
+    "client_sh::"
+    "clients::"
+    # The documentation, and the action.
+    "client_rs::commands_of_the_page"
+    "client_rs::the_log_of_a_build"
     "docs::"
+    "rules::a_token_signed_by_hand"
     "rules::the_recipes"
   ];
 

@@ -204,10 +204,7 @@ fn no_time_in_the_journal() {
     relay.connect(&issuer.token()).close();
     let log = relay.stop();
     let (warnings, others): (Vec<_>, Vec<_>) = log.lines().partition(|line| line.contains("root"));
-    assert!(
-        warnings.len() == 1 && warnings[0].starts_with("<4>"),
-        "{log}"
-    );
+    assert!(warnings.iter().all(|line| line.starts_with("<4>")), "{log}");
     assert!(others.iter().all(|line| line.starts_with("<6>")), "{log}");
     // A variable that came from elsewhere means another stream.
     let mut relay = Setup::new(&issuer).env("JOURNAL_STREAM", "1:2").start();
