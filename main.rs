@@ -29,11 +29,11 @@ use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::{self, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::MetadataExt;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
-use std::{env, fs, thread};
+use std::{env, thread};
+use systemd_journal_logger::connected_to_journal;
 
 const USAGE: &str = "\
 usage: nix-relay [--check] [CONFIG.toml]    the relay (or NIX_RELAY_CONFIG=CONFIG.toml)
@@ -125,9 +125,7 @@ fn start_log() {
     let environment = env_logger::Env::default().default_filter_or("info");
     let mut logger = env_logger::Builder::from_env(environment);
 
-    let stderr = fs::metadata("/dev/stderr").map(|file| format!("{}:{}", file.dev(), file.ino()));
-    let journal = env::var("JOURNAL_STREAM").ok();
-    if journal.is_some() && journal == stderr.ok() {
+    if connected_to_journal() {
         logger.format(|to, record| {
             let priority = match record.level() {
                 Level::Error => 3,
@@ -155,7 +153,7 @@ fn warn_of_surroundings(config: &Config) {
     if let Err(answer) = Daemon::spawn(config, &config.daemon.extra_args) {
         warn!(
             "each session will be answered {}{}",
-            answer.status, answer.cause
+            answer.status.0, answer.cause
         );
     }
 }
@@ -272,7 +270,6 @@ mod connection {
     use std::collections::VecDeque;
     use std::io::{self, ErrorKind};
     use std::net::{Shutdown, TcpListener, TcpStream};
-    use std::num::NonZeroU32;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
     use std::sync::{Arc, Mutex, Weak};
     use std::thread;
@@ -301,8 +298,8 @@ mod connection {
         config: Config,
         pub issuers: Issuers,
         permits: Semaphore,
-        /// The permits of each rule, if it has a limit of its own.
-        own_permits: Vec<Option<Semaphore>>,
+        /// The permits of each rule.
+        own_permits: Vec<Semaphore>,
         /// How many wait for a permit of each rule.
         waiting: Vec<Count>,
         /// Each guest has a clone of this. Guests are the connections that are past the lobby:
@@ -321,8 +318,7 @@ mod connection {
         pub fn new(config: Config, issuers: Issuers) -> io::Result<Relay> {
             let most = config.daemon.max_connections.into();
             metrics::SESSIONS_LIMIT.add("", u64::from(most));
-            let permits = |most: NonZeroU32| Semaphore::new(most.into());
-            let own = |rule: &Rule| rule.max_connections.map(permits).transpose();
+            let own = |rule: &Rule| Semaphore::new(rule.max_connections.into());
             Ok(Relay {
                 permits: Semaphore::new(most)?,
                 own_permits: config.rules.iter().map(own).collect::<Result<_, _>>()?,
@@ -420,7 +416,7 @@ mod connection {
         fn accept(self: Arc<Port>, relay: Arc<Relay>) {
             for number in 1_u64.. {
                 if self.service.is_passed {
-                    let connection = PollFd::new(&self.listener, PollFlags::IN);
+                    let connection = poll::input(&self.listener);
                     poll::ready([connection, relay.draining.poll_fd()], None);
                     if relay.draining.is_set() {
                         return;
@@ -510,7 +506,7 @@ mod connection {
     }
 
     fn log_refusal(peer: &str, answer: &Answer) {
-        let status = answer.status;
+        let status = answer.status.0;
         metrics::REFUSALS.add(&status.to_string(), 1);
         let reason = quoted(&format!("{}{}", answer.line, answer.cause));
         info!("refused peer={peer} status={status} reason={reason}");
@@ -607,7 +603,7 @@ mod connection {
             }
         }
 
-        /// Waits for a permit of the rule, if it has its own ones, and for one of the relay.
+        /// Waits for a permit of the rule, and for one of the relay.
         fn wait_for_permits(&mut self, rule: usize) -> Result<Vec<Permit>, Answer> {
             let relay = self.relay.clone();
             let too_many = || full().because("too many wait already");
@@ -616,7 +612,7 @@ mod connection {
 
             let until = Instant::now() + secs(relay.config.daemon.queue_timeout_secs);
             let mut taken = Vec::new();
-            for permits in relay.own_permits[rule].iter().chain([&relay.permits]) {
+            for permits in [&relay.own_permits[rule], &relay.permits] {
                 taken.push(loop {
                     self.wait_for(permits.poll_fd(), until)?;
                     if let Some(permit) = permits.take() {
@@ -660,7 +656,7 @@ mod connection {
         /// Sends an answer, and waits in the lobby until the client has read it. A guest sends
         /// nothing before its answer, so that nothing unread can cause a reset.
         fn answer(&mut self, answer: &Answer, with_body: bool) {
-            if answer.status >= 400 {
+            if answer.status.0 >= 400 {
                 log_refusal(&self.peer, answer);
             }
             let sent = answer.send(&self.socket, with_body);
@@ -677,7 +673,7 @@ mod connection {
 /// May the caller do this: checks a verified identity against the rules. Pure: it touches
 /// nothing else. Promises that a caller who matches no rule gets nothing.
 mod policy {
-    use crate::config::Rule;
+    use crate::config::{Rule, text, values};
     use crate::http::{self, Answer};
     use crate::oidc::Identity;
     use crate::text::quoted;
@@ -714,7 +710,7 @@ mod policy {
         let mut why = "none is for its issuer and audience".to_owned();
         for (index, rule) in rules.iter().enumerate() {
             let is_for = |audience: &Value| *audience == *rule.audience;
-            if rule.issuer != identity.issuer || !values(claims.get("aud")).iter().any(is_for) {
+            if rule.issuer != identity.issuer || !values(&claims["aud"]).iter().any(is_for) {
                 continue;
             }
             let wrong = wrong_claims(rule, claims);
@@ -727,9 +723,10 @@ mod policy {
             };
             if wrong.len() < nearest {
                 nearest = wrong.len();
-                let value = claim(claims, name).map(|value| text(value).unwrap_or_default());
-                let found = value.map_or("missing".into(), |value| quoted(&value));
-                why = format!("{name} is {found}");
+                why = match claim(claims, name) {
+                    Value::Null => format!("{name} is missing"),
+                    value => format!("{name} is {}", quoted(&text(value).unwrap_or_default())),
+                };
             }
         }
         let line = format!("the token is valid, but no rule allows it: {why}");
@@ -739,7 +736,7 @@ mod policy {
     fn describe(rule: &Rule, claims: &Value) -> String {
         let mut description = format!("rule={}", quoted(&rule.name));
         for name in LOGGED_CLAIMS {
-            if let Some(value) = claim(claims, name).and_then(text) {
+            if let Some(value) = text(&claims[name]) {
                 description += &format!(" {name}={}", quoted(&value));
             }
         }
@@ -747,10 +744,12 @@ mod policy {
     }
 
     /// The value of a claim, or of a member of a claim, if the name is a JSON pointer (RFC 6901).
-    fn claim<'a>(claims: &'a Value, name: &str) -> Option<&'a Value> {
-        match name.starts_with('/') {
-            true => claims.pointer(name),
-            false => claims.get(name),
+    /// Null if it is not there.
+    fn claim<'a>(claims: &'a Value, name: &str) -> &'a Value {
+        if name.starts_with('/') {
+            claims.pointer(name).unwrap_or(&Value::Null)
+        } else {
+            &claims[name]
         }
     }
 
@@ -761,30 +760,15 @@ mod policy {
         wrong.map(|(name, _)| name.as_str()).collect()
     }
 
-    fn values(claim: Option<&Value>) -> &[Value] {
-        match claim {
-            Some(Value::Array(several)) => several,
-            one => one.map_or(&[], std::slice::from_ref),
-        }
-    }
-
     /// Whether the claim's value, or one of its values, matches one of the patterns.
-    fn fits(rule: &Rule, patterns: &[String], claim: Option<&Value>) -> bool {
-        patterns.iter().any(|pattern| {
+    fn fits(rule: &Rule, patterns: &Value, claim: &Value) -> bool {
+        let mut patterns = values(patterns).iter().filter_map(text);
+        patterns.any(|pattern| {
             let mut values = values(claim).iter().filter_map(text);
             // A pattern that the library finds too long is longer than any token.
-            let pattern = compile(pattern, rule.ignores_case);
+            let pattern = compile(&pattern, rule.ignores_case);
             pattern.is_ok_and(|pattern| values.any(|value| pattern.is_match(&value)))
         })
-    }
-
-    /// A string as it is, a number or a boolean as JSON prints it, and nothing else.
-    fn text(value: &Value) -> Option<String> {
-        match value {
-            Value::String(text) => Some(text.clone()),
-            Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
-            _ => None,
-        }
     }
 
     /// `**` matches any characters, `*` any characters but `/`, and everything else only itself.
@@ -812,8 +796,9 @@ mod oidc {
     use jwt_simple::JWTError;
     use jwt_simple::prelude::*;
     use log::{info, warn};
-    use serde_json::{Map, Value};
+    use serde_json::Value;
     use std::collections::{BTreeMap, HashSet};
+    use std::error::Error;
     use std::panic::{self, AssertUnwindSafe};
     use std::path::{Path, PathBuf};
     use std::sync::{Arc, Mutex};
@@ -881,9 +866,10 @@ mod oidc {
     fn parse_set(set: &Value) -> Result<Vec<Key>, String> {
         let keys = set["keys"].as_array().into_iter().flatten();
         let keys: Vec<Key> = keys.filter_map(Key::parse).collect();
-        match keys.is_empty() {
-            true => Err("no usable key".into()),
-            false => Ok(keys),
+        if keys.is_empty() {
+            Err("no usable key".into())
+        } else {
+            Ok(keys)
         }
     }
 
@@ -933,8 +919,8 @@ mod oidc {
         let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
         let Members(members) = serde_json::from_slice(&json).ok()?;
         let count = members.len();
-        let object: Map<_, _> = members.into_iter().collect();
-        (object.len() == count).then_some(Value::Object(object))
+        let object: Value = members.into_iter().collect();
+        (object.as_object()?.len() == count).then_some(object)
     }
 
     /// What the cached keys say of a token.
@@ -982,8 +968,8 @@ mod oidc {
         pub fn new(config: &Config) -> Result<Issuers, String> {
             let mut audiences = BTreeMap::<&String, HashSet<String>>::new();
             for rule in &config.rules {
-                let all = audiences.entry(&rule.issuer).or_default();
-                all.insert(rule.audience.clone());
+                let audiences = audiences.entry(&rule.issuer).or_default();
+                audiences.insert(rule.audience.clone());
             }
             let files = &config.auth.jwks_files;
             if let Some(url) = files.keys().find(|url| !audiences.contains_key(url)) {
@@ -1261,15 +1247,13 @@ mod oidc {
 
     /// Reads a key set from a regular file of the size that a fetched one may have. Others could
     /// make us wait.
-    fn read_set(path: &Path) -> Result<Vec<Key>, String> {
-        let words = |e: io::Error| e.to_string();
-        let file = fs::metadata(path).map_err(words)?;
+    fn read_set(path: &Path) -> Result<Vec<Key>, Box<dyn Error>> {
+        let file = fs::metadata(path)?;
         if !file.is_file() || file.len() > web::MAX_DOCUMENT_BYTES {
             return Err("expected a regular file of at most 1 MiB".into());
         }
-        let text = fs::read(path).map_err(words)?;
-        let set = web::parse_json(&text).map_err(|e| e.to_string())?;
-        parse_set(&set)
+        let set = web::parse_json(&fs::read(path)?)?;
+        Ok(parse_set(&set)?)
     }
 }
 
@@ -1284,7 +1268,6 @@ mod session {
     use crate::poll::{self, Event};
     use crate::text::{quoted, without_escapes};
     use log::{info, warn};
-    use rustix::event::{PollFd, PollFlags};
     use rustix::io::{Errno, ioctl_fionbio};
     use rustix::pipe::fcntl_setpipe_size;
     use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
@@ -1338,6 +1321,8 @@ mod session {
     ];
     const KEPT_PREFIXES: [&str; 4] = ["LC_", "XDG_", "GC_", "NIX_"];
     const OWN_PREFIX: &str = "NIX_RELAY_";
+    /// Why a child may not start at one time, and start at another.
+    const SCARCITY: [Errno; 4] = [Errno::AGAIN, Errno::MFILE, Errno::NFILE, Errno::NOMEM];
     /// The names of `Reason` in its order, for the log and the metrics.
     const REASONS: [&str; 7] = [
         "client-closed",
@@ -1391,7 +1376,7 @@ mod session {
         };
         let pipes = Pipes {
             source: daemon.stdout.as_fd(),
-            source_ended: PollFd::new(&daemon.exited, PollFlags::IN),
+            source_ended: poll::input(&daemon.exited),
             sink: daemon.stdin,
         };
 
@@ -1469,10 +1454,9 @@ mod session {
             // poll needs four, so one that does not matter any more is `news` again.
             let news = self.link.news.poll_fd();
             let closing = step.map_or(self.closing.poll_fd(), |_| news.clone());
-            let exited = self.exited;
-            let exited = exited.map_or(news.clone(), |exited| PollFd::new(exited, PollFlags::IN));
+            let exited = self.exited.map_or(news.clone(), poll::input);
             let stderr = self.process.stderr.pipe.as_ref();
-            let stderr = stderr.map_or(news.clone(), |pipe| PollFd::new(pipe, PollFlags::IN));
+            let stderr = stderr.map_or(news.clone(), poll::input);
 
             let fds = [news, closing, exited, stderr];
             let [_, closing, exited, stderr] = poll::ready(fds, Some(until));
@@ -1545,11 +1529,11 @@ mod session {
             let kept = env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_kept));
             command.env_clear().envs(kept);
             Daemon::start(command, config.daemon.max_connections).map_err(|e| {
-                let status = match Errno::from_io_error(&e) {
-                    Some(Errno::AGAIN | Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {
-                        http::RETRY_LATER
-                    }
-                    _ => http::BAD_GATEWAY,
+                let may_pass = Errno::from_io_error(&e).is_some_and(|e| SCARCITY.contains(&e));
+                let status = if may_pass {
+                    http::RETRY_LATER
+                } else {
+                    http::BAD_GATEWAY
                 };
                 let line = "nix-daemon does not start; the relay's log has the cause";
                 Answer::new(status, line).because(format!("{program}: {e}"))
@@ -1625,9 +1609,10 @@ mod session {
                 "" => "it gave no reason",
                 line => line,
             };
-            let (code, detail) = match is_success {
-                true => (CloseCode::Normal, String::new()),
-                false => (CloseCode::Error, format!("{description}: {said}")),
+            let (code, detail) = if is_success {
+                (CloseCode::Normal, String::new())
+            } else {
+                (CloseCode::Error, format!("{description}: {said}"))
             };
             let end = End::new(Reason::DaemonExited, Some(code), detail);
             Exit { description, end }
@@ -1714,7 +1699,7 @@ mod copy {
     use crate::poll::{self, Event, lock};
     use rustix::buffer::spare_capacity;
     use rustix::event::{PollFd, PollFlags};
-    use rustix::io::Errno;
+    use rustix::io::{Errno, retry_on_intr};
     use rustix::net::sockopt;
     use rustix::rand::{GetRandomFlags, getrandom};
     use std::borrow::Cow;
@@ -1880,9 +1865,10 @@ mod copy {
 
     impl Write for Half {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            match self.writes {
-                true => self.stream.write(bytes),
-                false => Ok(bytes.len()),
+            if self.writes {
+                self.stream.write(bytes)
+            } else {
+                Ok(bytes.len())
             }
         }
 
@@ -1910,7 +1896,7 @@ mod copy {
         has_progressed: bool,
         /// A control frame to be sent after that one. Of several that wait only the last is sent:
         /// of several pings, only the last need be answered (RFC 6455, section 5.5.3). But a Close
-        /// stays.
+        /// stays, and a ping of ours replaces nothing.
         control: Option<(Control, Bytes)>,
     }
 
@@ -1929,48 +1915,39 @@ mod copy {
                 let Some((control, payload)) = self.control.take() else {
                     return Ok(());
                 };
-                self.frame(OpCode::Control(control), |buffer| {
-                    buffer.extend_from_slice(&payload);
-                    Ok(0)
-                })?;
+                self.room().extend_from_slice(&payload);
+                self.frame(OpCode::Control(control))?;
             }
         }
 
-        /// Makes a frame (RFC 6455, section 5.2) of the payload that `fill` adds to the buffer.
-        /// Everything before must be sent. Returns the length of the payload; there is no frame of
-        /// data without any. If there is no randomness, fails before it calls `fill`.
-        fn frame(
-            &mut self,
-            opcode: OpCode,
-            fill: impl FnOnce(&mut Vec<u8>) -> Result<usize, Errno>,
-        ) -> Result<usize, Errno> {
+        /// The empty buffer, to add a payload to. Everything before must be sent.
+        fn room(&mut self) -> &mut Vec<u8> {
+            self.buffer.clear();
+            self.buffer.resize(HEADER_BYTES, 0);
+            &mut self.buffer
+        }
+
+        /// Makes a frame of the payload in the buffer (RFC 6455, section 5.2). If it fails, that is
+        /// lost.
+        fn frame(&mut self, opcode: OpCode) -> io::Result<()> {
+            let (room, payload) = self.buffer.split_at_mut(HEADER_BYTES);
             let mut header = FrameHeader {
                 opcode,
                 ..FrameHeader::default()
             };
             if self.role == Role::Client {
                 let mut mask = [0; 4];
-                getrandom(&mut mask, GetRandomFlags::empty())?;
+                retry_on_intr(|| getrandom(&mut mask, GetRandomFlags::empty()))?;
                 header.mask = Some(mask);
-            }
-
-            self.buffer.clear();
-            self.buffer.resize(HEADER_BYTES, 0);
-            fill(&mut self.buffer)?;
-            let (room, payload) = self.buffer.split_at_mut(HEADER_BYTES);
-            if payload.is_empty() && matches!(opcode, OpCode::Data(_)) {
-                return Ok(0);
-            }
-            if let Some(mask) = header.mask {
                 apply_mask(payload, mask);
             }
 
-            let length = payload.len();
-            let start = HEADER_BYTES - header.len(length as u64);
-            let written = header.format(length as u64, &mut &mut room[start..]);
-            written.map_err(|_| Errno::NOBUFS)?;
+            let length = payload.len() as u64;
+            let start = HEADER_BYTES - header.len(length);
+            let written = header.format(length, &mut &mut room[start..]);
+            written.map_err(io::Error::other)?;
             self.unsent = start..self.buffer.len();
-            Ok(length)
+            Ok(())
         }
     }
 
@@ -2229,9 +2206,10 @@ mod copy {
             if !self.is_full.load(Relaxed) {
                 self.note_alive();
             }
-            match self.is_broken() {
-                true => Err(BROKEN),
-                false => Ok(()),
+            if self.is_broken() {
+                Err(BROKEN)
+            } else {
+                Ok(())
             }
         }
 
@@ -2247,12 +2225,9 @@ mod copy {
                 Error::Capacity(CapacityError::MessageTooLong { .. }) => TOO_LONG,
                 Error::Utf8(_) => NOT_UTF8,
                 // Once a reset has been reported, later reads look like an end.
-                Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)
-                    if self.is_broken() =>
-                {
-                    BROKEN
+                Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => {
+                    if self.is_broken() { BROKEN } else { NO_CLOSE }
                 }
-                Error::Protocol(ProtocolError::ResetWithoutClosingHandshake) => NO_CLOSE,
                 e => End::new(
                     Reason::ProtocolError,
                     Some(CloseCode::Protocol),
@@ -2276,9 +2251,11 @@ mod copy {
                 let mut read = None;
                 let sent = self.attempt(|sending| {
                     sending.flush()?;
-                    let fill =
-                        |buffer: &mut Vec<u8>| rustix::io::read(source, spare_capacity(buffer));
-                    read = Some(sending.frame(OpCode::Data(Data::Binary), fill));
+                    let length = rustix::io::read(source, spare_capacity(sending.room()));
+                    read = Some(length);
+                    if let Ok(1..) = length {
+                        sending.frame(OpCode::Data(Data::Binary))?;
+                    }
                     sending.flush()
                 });
 
@@ -2294,8 +2271,11 @@ mod copy {
                     }
                     (Sent::All, None | Some(Ok(1..) | Err(Errno::INTR))) => {}
                     (Sent::All, Some(Err(Errno::AGAIN))) if !ended => {
-                        let source = PollFd::from_borrowed_fd(source, PollFlags::IN);
-                        let fds = [source, source_ended.clone(), self.over.poll_fd()];
+                        let fds = [
+                            poll::input(&source),
+                            source_ended.clone(),
+                            self.over.poll_fd(),
+                        ];
                         let [_, end, _] = poll::ready(fds, None);
                         // The source may have written something just before: look once more.
                         ended = !end.is_empty();
@@ -2340,8 +2320,9 @@ mod copy {
         /// Sends a control frame, after what is half sent.
         fn control(&self, control: Control, payload: Bytes) -> Sent {
             self.attempt(|sending| {
-                if !matches!(sending.control, Some((Control::Close, _))) {
-                    sending.control = Some((control, payload));
+                match (&sending.control, control) {
+                    (Some((Control::Close, _)), _) | (Some(_), Control::Ping) => {}
+                    _ => sending.control = Some((control, payload)),
                 }
                 sending.flush()
             })
@@ -2417,11 +2398,7 @@ mod copy {
                 self.next_ping = now + interval;
                 // Nothing may come after a Close.
                 if link.end.get().is_none() && !link.all_sent.load(Relaxed) {
-                    link.attempt(|sending| {
-                        let ping = (Control::Ping, Bytes::new());
-                        sending.control.get_or_insert(ping);
-                        sending.flush()
-                    });
+                    link.control(Control::Ping, Bytes::new());
                 }
             }
 
@@ -2441,9 +2418,12 @@ mod copy {
 mod http {
     use crate::poll;
     use crate::text::quoted;
+    use headers::HeaderMapExt;
+    use headers::authorization::{Authorization, Basic, Bearer};
     use jwt_simple::reexports::ct_codecs::{Base64, Decoder};
+    use rustix::buffer::spare_capacity;
     use std::fmt::Display;
-    use std::io::{self, Read, Write};
+    use std::io::{self, Write};
     use std::net::TcpStream;
     use std::time::{Instant, SystemTime};
     use tungstenite::handshake::derive_accept_key;
@@ -2473,7 +2453,7 @@ mod http {
 
     /// A status, its words, and the header lines that belong to it.
     #[derive(Clone, Copy)]
-    pub struct Status(u16, &'static str, &'static str);
+    pub struct Status(pub u16, &'static str, &'static str);
 
     pub const OK: Status = Status(200, "OK", "");
     pub const BAD_REQUEST: Status = Status(400, "Bad Request", "");
@@ -2513,20 +2493,16 @@ mod http {
 
     /// Any answer but 101: a status, and one line that says what is wrong and what would mend it.
     pub struct Answer {
-        pub status: u16,
-        words: &'static str,
-        headers: &'static str,
+        pub status: Status,
         pub line: String,
         /// Logged, not sent.
         pub cause: String,
     }
 
     impl Answer {
-        pub fn new(Status(status, words, headers): Status, line: &str) -> Answer {
+        pub fn new(status: Status, line: &str) -> Answer {
             Answer {
                 status,
-                words,
-                headers,
                 line: line.into(),
                 cause: String::new(),
             }
@@ -2542,10 +2518,11 @@ mod http {
         pub fn send(&self, mut socket: &TcpStream, with_body: bool) -> io::Result<()> {
             let date = httpdate::fmt_http_date(SystemTime::now());
             let length = self.line.len() + 1;
+            let Status(code, words, headers) = self.status;
             let mut answer = format!(
-                "HTTP/1.1 {} {}\r\nDate: {date}\r\nContent-Type: text/plain; charset=utf-8\r\n\
-                 Content-Length: {length}\r\nConnection: close\r\n{}\r\n",
-                self.status, self.words, self.headers
+                "HTTP/1.1 {code} {words}\r\nDate: {date}\r\n\
+                 Content-Type: text/plain; charset=utf-8\r\n\
+                 Content-Length: {length}\r\nConnection: close\r\n{headers}\r\n"
             );
             if with_body {
                 answer += &format!("{}\n", self.line);
@@ -2562,15 +2539,12 @@ mod http {
 
     impl Head {
         /// Returns None if the client left before it had sent a whole head.
-        pub fn read(mut socket: &TcpStream, deadline: Instant) -> Result<Option<Head>, Answer> {
-            let mut bytes = vec![0; MAX_HEAD_BYTES];
-            let mut length = 0;
-
-            while length < MAX_HEAD_BYTES {
+        pub fn read(socket: &TcpStream, deadline: Instant) -> Result<Option<Head>, Answer> {
+            let mut bytes = Vec::with_capacity(MAX_HEAD_BYTES);
+            while bytes.len() < MAX_HEAD_BYTES {
                 if poll::readable(&socket, deadline) {
-                    let more = socket.read(&mut bytes[length..]).unwrap_or(0);
-                    length += more;
-                    let head = Head::parse(&bytes[..length])?;
+                    let more = rustix::io::read(socket, spare_capacity(&mut bytes)).unwrap_or(0);
+                    let head = Head::parse(&bytes)?;
                     if head.is_some() || more == 0 {
                         return Ok(head);
                     }
@@ -2698,15 +2672,16 @@ mod http {
             Some(format!(" forwarded_for={}", quoted(end)))
         }
 
-        /// The token from `Authorization: Bearer` (RFC 6750), or from `Basic` as its password.
+        /// The token from `Authorization: Bearer` (RFC 6750), or from `Basic` as its password (RFC
+        /// 7617).
         pub fn token(&self) -> Result<String, Answer> {
-            let value = self.only(header::AUTHORIZATION)?.unwrap_or_default();
-            let (scheme, rest) = value.split_once(' ').unwrap_or_default();
-            let token = match scheme.to_ascii_lowercase().as_str() {
-                "bearer" => Some(rest.trim().to_owned()),
-                "basic" => password(rest.trim()),
-                _ => None,
-            };
+            self.only(header::AUTHORIZATION)?;
+            let headers = self.request.headers();
+            let bearer = headers.typed_get::<Authorization<Bearer>>();
+            let token = bearer.map(|bearer| bearer.token().to_owned()).or_else(|| {
+                let basic = headers.typed_get::<Authorization<Basic>>()?;
+                Some(basic.password().to_owned())
+            });
             let line = "send an OIDC token, as a Bearer token or as the password of Basic";
             token.ok_or_else(|| Answer::new(NO_TOKEN, line))
         }
@@ -2721,13 +2696,6 @@ mod http {
         let what = known.map_or(error.to_string(), |(_, what)| what.to_string());
         Answer::new(BAD_REQUEST, &format!("expected HTTP/1.1: {what}"))
     }
-
-    /// The password from the credentials of `Basic` (RFC 7617).
-    fn password(credentials: &str) -> Option<String> {
-        let pair = Base64::decode_to_vec(credentials, None).ok()?;
-        let pair = String::from_utf8(pair).ok()?;
-        Some(pair.split_once(':')?.1.to_owned())
-    }
 }
 
 /// Turns defaults, file and environment into one validated `Config`.
@@ -2736,6 +2704,7 @@ mod http {
 mod config {
     use crate::web::{self, first_set, is_https_or_loopback};
     use serde::{Deserialize, Serialize};
+    use serde_json::Value as Json;
     use std::collections::BTreeMap;
     use std::fmt::{self, Display};
     use std::num::NonZeroU32;
@@ -2845,7 +2814,7 @@ mod config {
     }
 
     /// A rule as it is written.
-    #[derive(Deserialize, Serialize)]
+    #[derive(Deserialize, Serialize, Clone)]
     #[serde(deny_unknown_fields)]
     struct WrittenRule {
         name: NonEmpty,
@@ -2861,11 +2830,11 @@ mod config {
         pub name: String,
         pub issuer: String,
         pub audience: String,
-        /// For each claim, the patterns of which one must match.
-        pub bound_claims: BTreeMap<String, Vec<String>>,
+        /// For each claim, the pattern, or the list of patterns of which one must match.
+        pub bound_claims: BTreeMap<String, Json>,
         pub ignores_case: bool,
         pub extra_args: Vec<String>,
-        pub max_connections: Option<NonZeroU32>,
+        pub max_connections: NonZeroU32,
     }
 
     /// Defines a type for each kind of text, and what is valid for it.
@@ -2953,52 +2922,47 @@ mod config {
         })
     }
 
-    /// Claims, and the patterns for each.
-    #[derive(Deserialize, Serialize)]
-    #[serde(try_from = "BTreeMap<String, Patterns>")]
-    struct BoundClaims(BTreeMap<String, Vec<String>>);
+    /// Claims, and a pattern or a list of patterns for each.
+    #[derive(Deserialize, Serialize, Clone)]
+    #[serde(try_from = "BTreeMap<String, Json>")]
+    struct BoundClaims(BTreeMap<String, Json>);
 
-    #[derive(Deserialize)]
-    #[serde(
-        untagged,
-        expecting = "expected a text, a whole number, a boolean, or a list of these"
-    )]
-    enum Patterns {
-        One(Pattern),
-        Several(Vec<Pattern>),
-    }
-
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Pattern {
-        Text(String),
-        Number(i64),
-        Boolean(bool),
-    }
-
-    impl TryFrom<BTreeMap<String, Patterns>> for BoundClaims {
+    impl TryFrom<BTreeMap<String, Json>> for BoundClaims {
         type Error = &'static str;
 
-        fn try_from(claims: BTreeMap<String, Patterns>) -> Result<BoundClaims, &'static str> {
-            let text = |pattern| match pattern {
-                Pattern::Text(text) => text,
-                Pattern::Number(number) => number.to_string(),
-                Pattern::Boolean(boolean) => boolean.to_string(),
+        fn try_from(claims: BTreeMap<String, Json>) -> Result<BoundClaims, &'static str> {
+            let is_pattern = |value: &Json| text(value).is_some() && !value.is_f64();
+            let is_bound = |patterns: &Json| {
+                let patterns = values(patterns);
+                !patterns.is_empty() && patterns.iter().all(is_pattern)
             };
-            let texts = |(name, patterns)| match patterns {
-                Patterns::One(one) => (name, vec![text(one)]),
-                Patterns::Several(several) => (name, several.into_iter().map(text).collect()),
-            };
-            let claims: BTreeMap<_, Vec<_>> = claims.into_iter().map(texts).collect();
-            match claims.is_empty() || claims.values().any(Vec::is_empty) {
-                true => Err(UNBOUND),
-                false => Ok(BoundClaims(claims)),
+            if !claims.is_empty() && claims.values().all(is_bound) {
+                Ok(BoundClaims(claims))
+            } else {
+                Err(UNBOUND)
             }
         }
     }
 
-    const UNBOUND: &str = "expected at least one claim, and a pattern for each: without any, \
-        everybody would be let in";
+    const UNBOUND: &str = "expected at least one claim, and for each a text, a whole number, a \
+        boolean, or a list of these that is not empty: without any, everybody would be let in";
+
+    /// The elements of a list, or the one value that it is.
+    pub fn values(value: &Json) -> &[Json] {
+        match value {
+            Json::Array(several) => several,
+            one => std::slice::from_ref(one),
+        }
+    }
+
+    /// A string as it is, a number or a boolean as JSON prints it, and nothing else.
+    pub fn text(value: &Json) -> Option<String> {
+        match value {
+            Json::String(text) => Some(text.clone()),
+            Json::Number(_) | Json::Bool(_) => Some(value.to_string()),
+            _ => None,
+        }
+    }
 
     /// Applies defaults, file and environment, in that order. The file's path may come from the
     /// environment, too. An error begins with the file or the variable that it comes from.
@@ -3037,7 +3001,7 @@ mod config {
         }
         web::check_environment()?;
         config.effective = toml::to_string(&config).map_err(words)?;
-        config.rules = config.auth.rules(&config.daemon.extra_args)?;
+        config.rules = config.auth.rules(&config.daemon)?;
         Ok(config)
     }
 
@@ -3070,28 +3034,28 @@ mod config {
 
     impl Auth {
         /// All rules, in the order in which they are tried. Fails if there are none.
-        fn rules(&self, extra_args: &[String]) -> Result<Vec<Rule>, String> {
-            let resolve = |rule: &WrittenRule| Rule {
-                name: rule.name.to_string(),
-                issuer: rule.issuer.as_ref().unwrap_or(&self.issuer).to_string(),
-                audience: rule.audience.as_ref().unwrap_or(&self.audience).to_string(),
-                bound_claims: rule.bound_claims.0.clone(),
+        fn rules(&self, daemon: &Daemon) -> Result<Vec<Rule>, String> {
+            let resolve = |rule: WrittenRule| Rule {
+                name: rule.name.0,
+                issuer: rule.issuer.unwrap_or(self.issuer.clone()).0,
+                audience: rule.audience.unwrap_or(self.audience.clone()).0,
+                bound_claims: rule.bound_claims.0,
                 ignores_case: false,
-                extra_args: rule.extra_args.clone().unwrap_or(extra_args.to_vec()),
-                max_connections: rule.max_connections,
+                extra_args: rule.extra_args.unwrap_or(daemon.extra_args.clone()),
+                max_connections: rule.max_connections.unwrap_or(daemon.max_connections),
             };
-            let mut rules: Vec<Rule> = self.rule.iter().map(resolve).collect();
+            let mut rules: Vec<Rule> = self.rule.iter().cloned().map(resolve).collect();
 
             if !self.allowed_org.is_empty() {
-                let owner = vec![self.allowed_org.to_string()];
+                let owner = self.allowed_org.to_string().into();
                 rules.push(Rule {
                     name: "allowed_org".into(),
                     issuer: self.issuer.to_string(),
                     audience: self.audience.to_string(),
                     bound_claims: [("repository_owner".into(), owner)].into(),
                     ignores_case: true,
-                    extra_args: extra_args.to_vec(),
-                    max_connections: None,
+                    extra_args: daemon.extra_args.clone(),
+                    max_connections: daemon.max_connections,
                 });
             }
             if rules.is_empty() {
@@ -3251,13 +3215,14 @@ mod metrics {
 /// followed, and that no request for this machine goes to a proxy.
 mod web {
     use cidr::IpInet;
+    use rustls::pki_types::{CertificateDer, pem::PemObject};
     use serde_json::Value;
     use std::net::IpAddr;
     use std::path::Path;
     use std::time::Duration;
-    use std::{env, fmt, fs};
+    use std::{env, fmt};
     use ureq::http::{HeaderMap, StatusCode, Uri, header};
-    use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
+    use ureq::tls::{Certificate, RootCerts, TlsConfig};
     use ureq::typestate::WithoutBody;
     use ureq::unversioned::resolver::Resolver;
     use ureq::unversioned::transport::DefaultConnector;
@@ -3316,12 +3281,13 @@ mod web {
         let set = first_set(&AUTHORITIES).filter(|(_, path)| is_there(path));
         if let Some((name, path)) = set {
             let unusable = |cause: &dyn fmt::Display| format!("{name}={path}: {cause}");
-            let pem = fs::read(&path).map_err(|e| unusable(&e))?;
+            let found = CertificateDer::pem_file_iter(&path).map_err(|e| unusable(&e))?;
             let count = all.len();
-            all.extend(ureq::tls::parse_pem(&pem).filter_map(|item| match item {
-                Ok(PemItem::Certificate(certificate)) => Some(certificate),
-                _ => None,
-            }));
+            all.extend(
+                found
+                    .flatten()
+                    .map(|one| Certificate::from_der(&one).to_owned()),
+            );
             if all.len() == count {
                 return Err(unusable(&"there is no certificate in it"));
             }
@@ -3483,7 +3449,7 @@ mod poll {
 
         /// To wait for this along with other things.
         pub fn poll_fd(&self) -> PollFd<'_> {
-            PollFd::new(&self.fd, PollFlags::IN)
+            input(&self.fd)
         }
     }
 
@@ -3506,7 +3472,7 @@ mod poll {
 
         /// Becomes readable when a permit is free.
         pub fn poll_fd(&self) -> PollFd<'_> {
-            PollFd::new(&self.0, PollFlags::IN)
+            input(&self.0)
         }
     }
 
@@ -3519,10 +3485,15 @@ mod poll {
         }
     }
 
+    /// For a wait until a descriptor is readable.
+    pub fn input(fd: &impl AsFd) -> PollFd<'_> {
+        PollFd::new(fd, PollFlags::IN)
+    }
+
     /// Waits until a descriptor is readable or broken. Returns false at the deadline, or
     /// earlier; callers loop.
     pub fn readable(fd: &impl AsFd, until: Instant) -> bool {
-        let [ready] = ready([PollFd::new(fd, PollFlags::IN)], Some(until));
+        let [ready] = ready([input(fd)], Some(until));
         !ready.is_empty()
     }
 

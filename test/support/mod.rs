@@ -424,8 +424,13 @@ pub fn read_head(stream: &mut TcpStream) -> String {
 }
 
 /// A session on a connection to a relay, or the answer that is not 101.
-pub fn open(mut stream: TcpStream, token: &str) -> Result<Client, String> {
-    let request = upgrade_request(&format!("Authorization: Bearer {token}\r\n"));
+pub fn open(stream: TcpStream, token: &str) -> Result<Client, String> {
+    open_with(stream, token, "")
+}
+
+/// The same, with more header lines.
+pub fn open_with(mut stream: TcpStream, token: &str, more: &str) -> Result<Client, String> {
+    let request = upgrade_request(&format!("Authorization: Bearer {token}\r\n{more}"));
     stream.write_all(request.as_bytes()).unwrap();
     let head = read_head(&mut stream);
     if !head.starts_with("HTTP/1.1 101 ") {
