@@ -78,6 +78,8 @@ const TOKEN: &str = "NIX_RELAY_TOKEN";
 const COMMAND: &str = "NIX_RELAY_TOKEN_COMMAND";
 const ACTIONS_URL: &str = "ACTIONS_ID_TOKEN_REQUEST_URL";
 const ACTIONS_SECRET: &str = "ACTIONS_ID_TOKEN_REQUEST_TOKEN";
+const NO_COMMANDS: &str = "no token from NIX_RELAY_TOKEN_COMMAND";
+const NO_ACTIONS: &str = "no token from ACTIONS_ID_TOKEN_REQUEST_URL";
 const TOKENS_OF_JOBS: [&str; 2] = ["GITLAB_OIDC_TOKEN", "CIRCLE_OIDC_TOKEN_V2"];
 const NO_TOKEN: &str = "no token: set NIX_RELAY_TOKEN or NIX_RELAY_TOKEN_COMMAND, or let the job \
     have one: GitHub or Forgejo (permission id-token: write) sets ACTIONS_ID_TOKEN_REQUEST_URL \
@@ -93,12 +95,6 @@ struct Session {
     socket: Arc<TcpStream>,
     stream: Arc<dyn Stream>,
     receiving: Receiving,
-}
-
-/// What an attempt leads to if it is answered.
-enum Answered {
-    Session(Box<Session>),
-    Refusal(Failure),
 }
 
 pub fn run() -> ExitCode {
@@ -313,25 +309,28 @@ fn connect(target: &Target, retry: Duration, queue: Duration) -> Result<Session,
             Ok(session) => return Ok(session),
             Err(failure) => failure,
         };
-        let (until, limit) = match failure.is_full {
-            true => (&mut full_until, queue),
-            false => (&mut not_there_until, retry),
+        let (until, limit) = if failure.is_full {
+            (&mut full_until, queue)
+        } else {
+            (&mut not_there_until, retry)
         };
         if until.is_none() {
             next_line = start;
         }
-        let left = left_until(*until.get_or_insert(start + limit));
+        let until = *until.get_or_insert(start + limit);
+        let left = until.saturating_duration_since(Instant::now());
         let Some(at_least) = failure.again_after.filter(|_| !left.is_zero()) else {
             return Err(failure.text);
         };
 
         if next_line <= Instant::now() {
             next_line = Instant::now() + REMINDER;
-            let left = left.as_secs_f64().ceil();
             let what = failure.text.split(';').next().unwrap_or_default();
-            say(&match failure.is_full {
-                true => format!("all sessions are in use; waiting for up to {left} s"),
-                false => format!("{what}; trying again for up to {left} s"),
+            let left = left.as_secs_f64().ceil();
+            say(&if failure.is_full {
+                format!("all sessions are in use; waiting for up to {left} s")
+            } else {
+                format!("{what}; trying again for up to {left} s")
             });
         }
         if failure.is_full {
@@ -343,10 +342,6 @@ fn connect(target: &Target, retry: Duration, queue: Duration) -> Result<Session,
     }
 }
 
-fn left_until(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now())
-}
-
 /// Clients that failed together should not come back together.
 fn jittered(pause: Duration) -> Duration {
     let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
@@ -355,17 +350,16 @@ fn jittered(pause: Duration) -> Duration {
 
 /// The token for one attempt, without the end of its line.
 fn token() -> Result<String, Failure> {
-    let no_token = |source| {
-        let what = format!("no token from {source}");
-        move |failure: Failure| failure.during(&what)
-    };
     let (source, token) = if let Some(token) = variable(TOKEN) {
         (TOKEN, token)
     } else if variable(COMMAND).is_some() {
-        (COMMAND, run_token_command().map_err(no_token(COMMAND))?)
+        (
+            COMMAND,
+            run_token_command().map_err(|e| e.during(NO_COMMANDS))?,
+        )
     } else if let (Some(url), Some(secret)) = (variable(ACTIONS_URL), variable(ACTIONS_SECRET)) {
         let token = request_token(&url, secret.trim_end());
-        (ACTIONS_URL, token.map_err(no_token(ACTIONS_URL))?)
+        (ACTIONS_URL, token.map_err(|e| e.during(NO_ACTIONS))?)
     } else {
         web::first_set(&TOKENS_OF_JOBS).ok_or_else(|| Failure::lasting(NO_TOKEN))?
     };
@@ -451,9 +445,10 @@ fn look_up(host: &str, port: u16) -> io::Result<vec::IntoIter<SocketAddr>> {
     found.map_err(|e| {
         let words = e.to_string().to_lowercase();
         let words = words.rsplit(": ").next().unwrap_or_default();
-        let kind = match UNKNOWN_NAME.contains(&words) {
-            true => ErrorKind::NotFound,
-            false => ErrorKind::Other,
+        let kind = if UNKNOWN_NAME.contains(&words) {
+            ErrorKind::NotFound
+        } else {
+            ErrorKind::Other
         };
         let text = format!("cannot resolve {host}: {words}; is the name right?");
         io::Error::new(kind, text)
@@ -555,9 +550,10 @@ impl Target {
         // Leaves out a user name and password.
         let place = uri.authority()?.as_str().rsplit('@').next()?;
         let host = uri.host().filter(|host| !host.is_empty())?;
-        let port = match place.strip_prefix(host)? {
-            "" => default_port,
-            port => port.strip_prefix(':')?.parse().ok()?,
+        let port = if place == host {
+            default_port
+        } else {
+            uri.port_u16()?
         };
 
         let path = match uri.path_and_query()?.as_str() {
@@ -573,28 +569,14 @@ impl Target {
         })
     }
 
+    /// Asks for a session.
     fn attempt(&self, token: &str) -> Result<Session, Failure> {
-        let place = match &self.proxy {
-            None => format!("cannot reach {}", self.uri),
-            Some(proxy) => {
-                let (host, port) = (proxy.host(), proxy.port());
-                format!("cannot reach {} through the proxy {host}:{port}", self.uri)
-            }
+        let through = match &self.proxy {
+            None => String::new(),
+            Some(proxy) => format!(" through the proxy {}:{}", proxy.host(), proxy.port()),
         };
-        match self.open(token) {
-            Ok(Answered::Session(session)) => Ok(*session),
-            Ok(Answered::Refusal(failure)) => Err(failure),
-            Err(failure) => Err(failure.during(&place)),
-        }
-    }
-
-    /// Fails if nothing answers.
-    fn open(&self, token: &str) -> Result<Answered, Failure> {
-        let socket = Arc::new(self.connect()?);
-        let stream: Arc<dyn Stream> = match &self.tls {
-            None => socket.clone(),
-            Some(config) => Arc::new(self.shake_hands(&socket, config)?),
-        };
+        let place = format!("cannot reach {}{through}", self.uri);
+        let (socket, stream) = self.reach().map_err(|failure| failure.during(&place))?;
         let half = |writes| Half {
             stream: stream.clone(),
             writes,
@@ -607,26 +589,35 @@ impl Target {
         match client_with_config(request, half(true), limits) {
             Ok((mut websocket, _)) => {
                 websocket.get_mut().writes = false;
-                let receiving = Receiving {
-                    websocket,
-                    may_hold_more: true,
-                };
-                Ok(Answered::Session(Box::new(Session {
+                Ok(Session {
                     socket,
                     stream,
-                    receiving,
-                })))
+                    receiving: Receiving {
+                        websocket,
+                        may_hold_more: true,
+                    },
+                })
             }
             Err(HandshakeError::Failure(Error::Http(answer)))
                 if !answer.status().is_informational() =>
             {
-                Ok(Answered::Refusal(refusal(*answer, half(false))))
+                Err(refusal(*answer, half(false)))
             }
-            Err(HandshakeError::Failure(e)) => Err(no_handshake(e)),
+            Err(HandshakeError::Failure(e)) => Err(no_handshake(e).during(&place)),
             Err(HandshakeError::Interrupted(_)) => {
-                Err(io::Error::from(ErrorKind::WouldBlock).into())
+                Err(Failure::from(io::Error::from(ErrorKind::WouldBlock)).during(&place))
             }
         }
+    }
+
+    /// Connects, and if it is wss, by TLS.
+    fn reach(&self) -> Result<(Arc<TcpStream>, Arc<dyn Stream>), Failure> {
+        let socket = Arc::new(self.connect()?);
+        let stream: Arc<dyn Stream> = match &self.tls {
+            None => socket.clone(),
+            Some(config) => Arc::new(self.shake_hands(&socket, config)?),
+        };
+        Ok((socket, stream))
     }
 
     fn shake_hands(
@@ -690,15 +681,6 @@ struct Tls {
     connection: Mutex<ClientConnection>,
 }
 
-impl Tls {
-    fn send(&self, tls: &mut ClientConnection) -> io::Result<()> {
-        while tls.wants_write() {
-            tls.write_tls(&mut &*self.socket)?;
-        }
-        Ok(())
-    }
-}
-
 impl Stream for Tls {
     fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut tls = lock(&self.connection);
@@ -714,13 +696,12 @@ impl Stream for Tls {
 
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         let mut tls = lock(&self.connection);
-        // rustls has room for more once it has sent what it holds.
-        self.send(&mut tls)?;
-        tls.writer().write(bytes)
+        rustls::Stream::new(&mut *tls, &mut &*self.socket).write(bytes)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.send(&mut lock(&self.connection))
+        let mut tls = lock(&self.connection);
+        rustls::Stream::new(&mut *tls, &mut &*self.socket).flush()
     }
 }
 
@@ -745,9 +726,10 @@ fn ask_proxy(mut socket: &TcpStream, request: &str) -> Result<(), Failure> {
         return Ok(());
     }
     let text = format!("it refused: {}", in_words(status));
-    Err(match may_pass(status.as_u16()) {
-        true => Failure::passing(text),
-        false => Failure::lasting(text),
+    Err(if may_pass(status.as_u16()) {
+        Failure::passing(text)
+    } else {
+        Failure::lasting(text)
     })
 }
 
@@ -787,16 +769,15 @@ fn refusal(answer: Response<Option<Vec<u8>>>, wire: Half) -> Failure {
     // Our codes end with 503, and those of large proxies begin with 520.
     let is_ours = text_of(headers, header::CONTENT_TYPE).starts_with("text/plain")
         && (400..=503).contains(&status.as_u16());
-    let text = match is_ours {
-        true => {
-            let line = plain(body.lines().next().unwrap_or_default());
-            format!("the relay refused: {}", with(status.as_str(), &line))
-        }
-        false => format!(
+    let text = if is_ours {
+        let line = plain(body.lines().next().unwrap_or_default());
+        format!("the relay refused: {}", with(status.as_str(), &line))
+    } else {
+        format!(
             "a proxy or web server answered in the relay's place: {}; does the relay run, and is \
              NIX_RELAY_URL right?",
             in_words(status)
-        ),
+        )
     };
     let wait = text_of(headers, header::RETRY_AFTER).parse();
     let wait = Duration::from_secs(wait.unwrap_or_default());
