@@ -7,6 +7,7 @@ use crate::config::secs;
 use crate::copy::{
     self, CLOSE_TIMEOUT, End, Half, Keepalive, Link, Pipes, Reason, Receiving, Stream,
 };
+use crate::http::COMPRESSED;
 use crate::poll::{self, Event, lock};
 use crate::web::{self, AGENT, LOOKUP_TIMEOUT, STEP_TIMEOUT, is_loopback, proxy_for, text_of};
 use jwt_simple::{prelude::Base64, reexports::ct_codecs::Encoder};
@@ -74,6 +75,7 @@ const TURNS: [char; 12] = [
     '\u{2066}', '\u{2067}', '\u{2068}', '\u{2069}',
 ];
 
+const COMPRESS: &str = "NIX_RELAY_COMPRESS";
 const TOKEN: &str = "NIX_RELAY_TOKEN";
 const COMMAND: &str = "NIX_RELAY_TOKEN_COMMAND";
 const ACTIONS_URL: &str = "ACTIONS_ID_TOKEN_REQUEST_URL";
@@ -95,6 +97,7 @@ struct Session {
     socket: Arc<TcpStream>,
     stream: Arc<dyn Stream>,
     receiving: Receiving,
+    compressed: bool,
 }
 
 pub fn run() -> ExitCode {
@@ -130,7 +133,12 @@ fn say(text: &str) {
 /// Returns how the session ended, and whether all of standard input was sent by then.
 fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
     let mut keepalive = Keepalive::new(&session.socket, keepalive)?;
-    let link = Link::new(&session.socket, session.stream, Role::Client)?;
+    let link = Link::new(
+        &session.socket,
+        session.stream,
+        Role::Client,
+        session.compressed,
+    )?;
     let stdin = io::stdin();
     // The end of a pipe is seen by reading it.
     let never = Event::new()?;
@@ -516,6 +524,7 @@ struct Target {
     port: u16,
     tls: Option<Arc<ClientConfig>>,
     proxy: Option<Proxy>,
+    compresses: bool,
 }
 
 impl Target {
@@ -531,6 +540,11 @@ impl Target {
             format!("set NIX_RELAY_URL to where the relay is, {example} (it is {found})")
         })?;
 
+        match variable(COMPRESS).as_deref() {
+            None => {}
+            Some("zstd") => target.compresses = true,
+            Some(_) => return Err(format!("{COMPRESS} must be zstd, or not set")),
+        }
         // Without TLS, the proxy would see the token.
         if target.uri.scheme_str() == Some("wss") {
             target.tls = Some(tls_config()?);
@@ -566,6 +580,7 @@ impl Target {
             port,
             tls: None,
             proxy: None,
+            compresses: false,
         })
     }
 
@@ -581,13 +596,20 @@ impl Target {
             stream: stream.clone(),
             writes,
         };
-        let request = ClientRequestBuilder::new(self.uri.clone())
+        let mut request = ClientRequestBuilder::new(self.uri.clone())
             .with_header("User-Agent", AGENT)
             .with_header("Authorization", format!("Bearer {token}"));
+        // A relay that does not know the first one takes the second.
+        if self.compresses {
+            request = request
+                .with_sub_protocol(COMPRESSED)
+                .with_sub_protocol("binary");
+        }
         let limits = Some(copy::limits(READ_BYTES));
 
         match client_with_config(request, half(true), limits) {
-            Ok((mut websocket, _)) => {
+            Ok((mut websocket, answer)) => {
+                let protocol = text_of(answer.headers(), header::SEC_WEBSOCKET_PROTOCOL);
                 websocket.get_mut().writes = false;
                 Ok(Session {
                     socket,
@@ -596,6 +618,7 @@ impl Target {
                         websocket,
                         may_hold_more: true,
                     },
+                    compressed: protocol == COMPRESSED,
                 })
             }
             Err(HandshakeError::Failure(Error::Http(answer)))

@@ -581,6 +581,7 @@ mod connection {
                 number: relay.sessions.fetch_add(1, Relaxed) + 1,
                 client: format!("peer={} {}", self.peer, grant.description),
                 upgrade,
+                compressed: head.protocol() == http::COMPRESSED,
                 rest: head.rest,
             };
             let served = session::run(&relay.config, opening, &self.socket, daemon, &relay.closing);
@@ -1348,6 +1349,8 @@ mod session {
         pub client: String,
         /// The 101.
         pub upgrade: Vec<u8>,
+        /// Whether it says that messages are compressed.
+        pub compressed: bool,
         /// The bytes that came after the request head.
         pub rest: Vec<u8>,
     }
@@ -1363,7 +1366,7 @@ mod session {
     ) -> io::Result<()> {
         let start = Instant::now();
         let number = opening.number;
-        let link = Link::new(socket, socket.clone(), Role::Server)?;
+        let link = Link::new(socket, socket.clone(), Role::Server, opening.compressed)?;
         let mut session = Session {
             number,
             start,
@@ -1716,6 +1719,8 @@ mod copy {
     use tungstenite::protocol::frame::{Frame, FrameHeader};
     use tungstenite::protocol::{CloseFrame, Role, WebSocket, WebSocketConfig};
     use tungstenite::{Bytes, Message};
+    use zstd::stream::write::Encoder;
+    use zstd::zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer};
 
     /// How much is read from a pipe for one message. What a program writes at once, often 32 or
     /// 64 KiB, goes in one piece.
@@ -1739,6 +1744,12 @@ mod copy {
     /// poll(2) reports a socket as writable when a third of its buffer is free. A slow peer may
     /// take very long to free that much, so we try without it.
     const CHECK: Duration = Duration::from_secs(1);
+    /// Of zstd's levels, the one that keeps up with a link. Its window is 512 KiB.
+    const LEVEL: i32 = 1;
+    /// The peer's window is 1 MiB at most.
+    const MAX_WINDOW_LOG2: u32 = 20;
+    /// What zstd wants next after a block, or after a frame (RFC 8878, section 3.1.1.2).
+    const AFTER_BLOCK: [usize; 2] = [3, 0];
     const ERR_OR_HUP: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
     /// Why a session ended.
@@ -1827,6 +1838,11 @@ mod copy {
         code: Some(CloseCode::Invalid),
         detail: Cow::Borrowed("a text is not valid UTF-8"),
     };
+    const NOT_ZSTD: End = End {
+        reason: Reason::ProtocolError,
+        code: Some(CloseCode::Invalid),
+        detail: Cow::Borrowed("expected whole blocks of a zstd stream, with a window of 1 MiB"),
+    };
 
     /// What carries the bytes of a session: a socket, or TLS over one.
     pub trait Stream: Send + Sync {
@@ -1898,6 +1914,8 @@ mod copy {
         /// of several pings, only the last need be answered (RFC 6455, section 5.5.3). But a Close
         /// stays, and a ping of ours replaces nothing.
         control: Option<(Control, Bytes)>,
+        /// Makes data a zstd stream (RFC 8878), if that was asked for.
+        encoder: Option<Encoder<'static, Vec<u8>>>,
     }
 
     impl Sending {
@@ -1924,11 +1942,23 @@ mod copy {
         fn room(&mut self) -> &mut Vec<u8> {
             self.buffer.clear();
             self.buffer.resize(HEADER_BYTES, 0);
+            // A payload that does not compress has made it larger.
+            self.buffer.shrink_to(HEADER_BYTES + CHUNK_BYTES);
             &mut self.buffer
         }
 
-        /// Makes a frame of the payload in the buffer (RFC 6455, section 5.2). If it fails, that is
-        /// lost.
+        /// Makes the payload in the buffer the next blocks of a zstd stream (RFC 8878), if the peer
+        /// wants one. If this or the next function fails, the payload is lost.
+        fn compress(&mut self) -> io::Result<()> {
+            if let Some(encoder) = &mut self.encoder {
+                encoder.write_all(&self.buffer.split_off(HEADER_BYTES))?;
+                encoder.flush()?;
+                self.buffer.append(encoder.get_mut());
+            }
+            Ok(())
+        }
+
+        /// Makes a frame of the payload in the buffer (RFC 6455, section 5.2).
         fn frame(&mut self, opcode: OpCode) -> io::Result<()> {
             let (room, payload) = self.buffer.split_at_mut(HEADER_BYTES);
             let mut header = FrameHeader {
@@ -1949,6 +1979,12 @@ mod copy {
             self.unsent = start..self.buffer.len();
             Ok(())
         }
+    }
+
+    pub(crate) fn new_decoder() -> DCtx<'static> {
+        let mut decoder = DCtx::create();
+        let _ = decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG2));
+        decoder
     }
 
     /// RFC 6455, section 5.3.
@@ -1991,6 +2027,7 @@ mod copy {
         socket: Arc<TcpStream>,
         stream: Arc<dyn Stream>,
         role: Role,
+        compressed: bool,
         sending: Mutex<Sending>,
         /// When the peer last showed that it is there: by accepting something, or if there is
         /// nothing to accept, by sending something.
@@ -2014,11 +2051,13 @@ mod copy {
     }
 
     impl Link {
-        /// A WebSocket on a stream over this socket. Fails without descriptors.
+        /// A WebSocket on a stream over this socket, whose binary messages are `compressed`. Fails
+        /// without descriptors.
         pub fn new(
             socket: &Arc<TcpStream>,
             stream: Arc<dyn Stream>,
             role: Role,
+            compressed: bool,
         ) -> io::Result<Link> {
             socket.set_nonblocking(true)?;
             let sending = Sending {
@@ -2028,12 +2067,16 @@ mod copy {
                 unsent: 0..0,
                 has_progressed: false,
                 control: None,
+                encoder: compressed
+                    .then(|| Encoder::new(Vec::new(), LEVEL))
+                    .transpose()?,
             };
 
             Ok(Link {
                 socket: socket.clone(),
                 stream,
                 role,
+                compressed,
                 sending: Mutex::new(sending),
                 last_alive: Mutex::new(Instant::now()),
                 is_full: AtomicBool::new(false),
@@ -2124,6 +2167,7 @@ mod copy {
             // A read clears memory, and an idle session should use none: so we wait first.
             let mut wait = !receiving.may_hold_more;
             let mut owes_pong = false;
+            let mut decoder = self.compressed.then(new_decoder);
 
             while !self.over.is_set() {
                 if wait {
@@ -2136,7 +2180,10 @@ mod copy {
                 let message = peer.read();
                 wait = message.is_err();
                 let done = match message {
-                    Ok(Message::Binary(payload)) => self.deliver(&payload, sink.as_fd()),
+                    Ok(Message::Binary(payload)) => match &mut decoder {
+                        None => self.deliver(&payload, sink.as_fd()),
+                        Some(decoder) => self.expand(decoder, &payload, sink.as_fd()),
+                    },
                     Ok(Message::Ping(payload)) => {
                         owes_pong |= !matches!(self.control(Control::Pong, payload), Sent::All);
                         Ok(())
@@ -2177,6 +2224,28 @@ mod copy {
             if ready.contains(PollFlags::OUT) {
                 *owes_pong = !matches!(self.attempt(Sending::flush), Sent::All);
             }
+        }
+
+        /// Delivers what the next blocks of a zstd stream hold.
+        pub(crate) fn expand(
+            &self,
+            decoder: &mut DCtx,
+            blocks: &[u8],
+            sink: BorrowedFd,
+        ) -> Result<(), End> {
+            let mut input = InBuffer::around(blocks);
+            let mut part = Vec::with_capacity(CHUNK_BYTES);
+            while !self.over.is_set() {
+                let output = &mut OutBuffer::around(&mut part);
+                let wanted = decoder.decompress_stream(output, &mut input);
+                let wanted = wanted.map_err(|_| NOT_ZSTD)?;
+                if part.is_empty() && input.pos() == blocks.len() {
+                    let is_whole = AFTER_BLOCK.contains(&wanted);
+                    return is_whole.then_some(()).ok_or(NOT_ZSTD);
+                }
+                self.deliver(&part, sink)?;
+            }
+            Ok(())
         }
 
         /// Writes the payload of a message to the pipe. A child that reads no more may still
@@ -2254,6 +2323,7 @@ mod copy {
                     let length = rustix::io::read(source, spare_capacity(sending.room()));
                     read = Some(length);
                     if let Ok(1..) = length {
+                        sending.compress()?;
                         sending.frame(OpCode::Data(Data::Binary))?;
                     }
                     sending.flush()
@@ -2451,6 +2521,12 @@ mod http {
         ),
     ];
 
+    /// The subprotocol (RFC 6455, section 1.9) by which the binary messages of each direction are
+    /// one zstd stream (RFC 8878), of which each message is whole blocks.
+    pub const COMPRESSED: &str = "nix-relay.zstd";
+    /// Those that we speak, the preferred one first.
+    const PROTOCOLS: [&str; 2] = [COMPRESSED, "binary"];
+
     /// A status, its words, and the header lines that belong to it.
     #[derive(Clone, Copy)]
     pub struct Status(pub u16, &'static str, &'static str);
@@ -2643,15 +2719,21 @@ mod http {
 
         fn switching_protocols(&self, key: &str) -> Vec<u8> {
             let accept = derive_accept_key(key.as_bytes());
-            let protocol = match self.has(header::SEC_WEBSOCKET_PROTOCOL, "binary") {
-                true => "sec-websocket-protocol: binary\r\n",
-                false => "",
+            let protocol = match self.protocol() {
+                "" => String::new(),
+                name => format!("sec-websocket-protocol: {name}\r\n"),
             };
             let response = format!(
                 "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\
                  sec-websocket-accept: {accept}\r\n{protocol}\r\n"
             );
             response.into_bytes()
+        }
+
+        /// The first of our subprotocols that the client offers, or nothing.
+        pub fn protocol(&self) -> &'static str {
+            let is_offered = |name: &&str| self.has(header::SEC_WEBSOCKET_PROTOCOL, name);
+            PROTOCOLS.into_iter().find(is_offered).unwrap_or_default()
         }
 
         /// Whether a header, which is a comma-separated list across all its lines (RFC 9110,
@@ -2754,13 +2836,14 @@ mod config {
     ];
 
     /// The others that we know: this module's own, and the client's.
-    const OTHER_VARIABLES: [&str; 6] = [
+    const OTHER_VARIABLES: [&str; 7] = [
         "NIX_RELAY_CONFIG",
         "NIX_RELAY_URL",
         "NIX_RELAY_TOKEN",
         "NIX_RELAY_TOKEN_COMMAND",
         "NIX_RELAY_RETRY_SECS",
         "NIX_RELAY_QUEUE_SECS",
+        "NIX_RELAY_COMPRESS",
     ];
 
     /// The effective configuration. config.example.toml says what each key means.

@@ -151,6 +151,10 @@ fn switching_protocols() {
             "Sec-WebSocket-Protocol: mqtt\r\nSec-WebSocket-Protocol: binary\r\n",
             "sec-websocket-protocol: binary\r\n",
         ),
+        (
+            "Sec-WebSocket-Protocol: binary, nix-relay.zstd\r\n",
+            "sec-websocket-protocol: nix-relay.zstd\r\n",
+        ),
         ("Sec-WebSocket-Protocol: mqtt, binary2\r\n", ""),
     ];
     for (offered, chosen) in rows {

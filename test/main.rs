@@ -9,6 +9,7 @@ mod chroot;
 mod client_rs;
 mod client_sh;
 mod clients;
+mod compression;
 mod config;
 mod docs;
 mod frames;

@@ -166,6 +166,7 @@ mod target {
             number: 1,
             client: client_is,
             upgrade,
+            compressed: false,
             rest,
         };
         thread::scope(|scope| {
