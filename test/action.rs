@@ -161,7 +161,12 @@ fn the_released_client_is_in_the_path_and_knows_its_relay() {
     let (issuer, actions) = (Issuer::start(), Actions::start());
     let relay = Setup::new(&issuer).daemon("echo hello").start();
     let url = format!("ws://{}", relay.address);
-    succeeds(&actions.install(&[("url", &url), ("audience", "some audience")], |_| ()));
+    let inputs = [
+        ("url", &*url),
+        ("audience", "some audience"),
+        ("compress", "zstd"),
+    ];
+    succeeds(&actions.install(&inputs, |_| ()));
     let path = actions.file("path");
     let output = format!(
         "path={}/nix-relay\nversion={}\nremote=false\n",
@@ -172,7 +177,7 @@ fn the_released_client_is_in_the_path_and_knows_its_relay() {
     let path = format!("{}:{}", path.trim(), std::env::var("PATH").unwrap());
     let variables = actions.file("env");
     assert!(
-        variables.ends_with("\nNIX_RELAY_AUDIENCE=some audience\n"),
+        variables.ends_with("\nNIX_RELAY_AUDIENCE=some audience\nNIX_RELAY_COMPRESS=zstd\n"),
         "{variables}"
     );
     let mut next = job("sh", &actions.dir);
@@ -310,6 +315,11 @@ fn inputs_that_cannot_be() {
             "each input must be one line",
         ),
         ("builders", "yes", "must be true or false, but one is 'yes'"),
+        (
+            "compress",
+            "gzip",
+            "must be zstd, or left out, but it is 'gzip'",
+        ),
         (
             "jobs",
             "0",
