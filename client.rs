@@ -467,20 +467,20 @@ fn look_up(host: &str, port: u16) -> io::Result<vec::IntoIter<SocketAddr>> {
 /// beside it.
 fn dial(addresses: vec::IntoIter<SocketAddr>) -> io::Result<TcpStream> {
     let (sender, answers) = mpsc::channel();
-    let mut early = Vec::new();
+    let mut failure = io::Error::from(ErrorKind::AddrNotAvailable);
     for address in addresses {
         let sender = sender.clone();
         let connect = move || sender.send(TcpStream::connect_timeout(&address, STEP_TIMEOUT));
         thread::Builder::new().spawn(connect)?;
-        early.extend(answers.recv_timeout(HEAD_START));
-        if early.iter().any(Result::is_ok) {
-            break;
+        match answers.recv_timeout(HEAD_START) {
+            Ok(Ok(socket)) => return Ok(socket),
+            Ok(Err(e)) => failure = e,
+            Err(_) => {}
         }
     }
 
     drop(sender);
-    let mut failure = io::Error::from(ErrorKind::AddrNotAvailable);
-    for answer in early.into_iter().chain(answers) {
+    for answer in answers {
         match answer {
             Ok(socket) => return Ok(socket),
             Err(e) => failure = e,
@@ -532,12 +532,9 @@ impl Target {
         let url = variable("NIX_RELAY_URL").unwrap_or_default();
         let url = url.trim_end_matches(['\r', '\n']);
         let mut target = Target::parse(url).ok_or_else(|| {
-            let found = match url.rsplit('@').next() {
-                Some("") | None => "not set".to_owned(),
-                Some(url) => format!("'{}'", plain(url)),
-            };
+            let shown = plain(url.rsplit('@').next().unwrap_or_default());
             let example = "as wss://HOST or ws://HOST:PORT";
-            format!("set NIX_RELAY_URL to where the relay is, {example} (it is {found})")
+            format!("set NIX_RELAY_URL to where the relay is, {example} (it is '{shown}')")
         })?;
 
         match variable(COMPRESS).as_deref() {
@@ -607,11 +604,11 @@ impl Target {
         }
         let limits = Some(copy::limits(READ_BYTES));
 
-        match client_with_config(request, half(true), limits) {
+        let failure = match client_with_config(request, half(true), limits) {
             Ok((mut websocket, answer)) => {
                 let protocol = text_of(answer.headers(), header::SEC_WEBSOCKET_PROTOCOL);
                 websocket.get_mut().writes = false;
-                Ok(Session {
+                return Ok(Session {
                     socket,
                     stream,
                     receiving: Receiving {
@@ -619,18 +616,17 @@ impl Target {
                         may_hold_more: true,
                     },
                     compressed: protocol == COMPRESSED,
-                })
+                });
             }
             Err(HandshakeError::Failure(Error::Http(answer)))
                 if !answer.status().is_informational() =>
             {
-                Err(refusal(*answer, half(false)))
+                return Err(refusal(*answer, half(false)));
             }
-            Err(HandshakeError::Failure(e)) => Err(no_handshake(e).during(&place)),
-            Err(HandshakeError::Interrupted(_)) => {
-                Err(Failure::from(io::Error::from(ErrorKind::WouldBlock)).during(&place))
-            }
-        }
+            Err(HandshakeError::Failure(e)) => no_handshake(e),
+            Err(HandshakeError::Interrupted(_)) => io::Error::from(ErrorKind::WouldBlock).into(),
+        };
+        Err(failure.during(&place))
     }
 
     /// Connects, and if it is wss, by TLS.

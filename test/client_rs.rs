@@ -149,7 +149,7 @@ const RESET: &str = "reset";
 #[test]
 fn what_cannot_be_is_said_before_anything_is_sent() {
     for (url, is) in [
-        ("", "not set"),
+        ("", "''"),
         ("https://relay", "'https://relay'"),
         ("relay:80", "'relay:80'"),
         ("ws://", "'ws://'"),
