@@ -1021,19 +1021,15 @@ fn routes_over_link(keys: &Dir, daemon: &str, proxy: SocketAddr, ssh: &str) -> V
         store: format!("ssh-ng://{SERVER}?remote-program={daemon}{more}"),
         variables: vec![("NIX_SSHOPTS", ssh.into())],
     };
-    let mut routes = vec![
+    let mut zstd = wss("nix-relay, zstd", client);
+    zstd.variables.push(("NIX_RELAY_COMPRESS", "zstd".into()));
+    vec![
         wss("nix-relay", client),
+        zstd,
         wss("client.sh", &client_sh),
         openssh("OpenSSH", ""),
         openssh("OpenSSH, compress=true", "&compress=true"),
-    ];
-    let help = relay_at(client).arg("--help").output().unwrap();
-    if texts(&help).0.contains("NIX_RELAY_COMPRESS") {
-        let mut zstd = wss("nix-relay, zstd", client);
-        zstd.variables.push(("NIX_RELAY_COMPRESS", "zstd".into()));
-        routes.insert(1, zstd);
-    }
-    routes
+    ]
 }
 
 /// An empty store for the daemon.

@@ -87,7 +87,9 @@ pub fn binary() -> Command {
 pub fn relay_at(program: &str) -> Command {
     let mut command = Command::new(program);
     // A Nix shell has it name a file that is not there.
-    command.env_remove("SSL_CERT_FILE");
+    command
+        .env_remove("SSL_CERT_FILE")
+        .env_remove("NIX_SSL_CERT_FILE");
     for (name, _) in env::vars_os() {
         if name.to_string_lossy().starts_with("NIX_RELAY_") {
             command.env_remove(name);
