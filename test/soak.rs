@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use std::{env, thread};
 use support::*;
+use zstd::stream::write::{Decoder, Encoder};
 
 /// At once; the relay has fewer permits, so that some wait.
 const CLIENTS: u64 = 12;
@@ -59,9 +60,31 @@ fn visit(relay: &Relay, issuer: &Issuer, dice: u64) {
     };
     // The mix: of 100 visits, how many are of a kind.
     match dice % 100 {
-        0..30 => {
+        0..26 => {
             let mut client = session("echo");
             echo(&mut client, 1000);
+            client.close();
+        }
+        26..30 => {
+            let offer = "Sec-WebSocket-Protocol: nix-relay.zstd\r\n";
+            let mut client = open_with(relay.tcp(), &issuer.token(), offer).unwrap();
+            let mut encoder = Encoder::new(Vec::new(), 1).unwrap();
+            let mut decoder = Decoder::new(Vec::new()).unwrap();
+            encoder.write_all(b"echo\n").unwrap();
+            for length in [1000, 60_000, 10] {
+                encoder.write_all(&vec![dice as u8; length]).unwrap();
+                encoder.flush().unwrap();
+                client.send(std::mem::take(encoder.get_mut()));
+                while decoder.get_ref().len() < length {
+                    decoder.write_all(&client.receive()).unwrap();
+                    decoder.flush().unwrap();
+                }
+                assert!(
+                    *decoder.get_ref() == vec![dice as u8; length],
+                    "other bytes"
+                );
+                decoder.get_mut().clear();
+            }
             client.close();
         }
         30..35 => {
