@@ -54,6 +54,7 @@ rustPlatform.buildRustPackage (finalAttrs: {
     "scarcity::threads"
     # A Nix with a store of its own.
     "builders::"
+    "compression::a_build"
     "nix::"
     "nixos::"
     "own::"
