@@ -8,7 +8,7 @@ use crate::copy::{
     self, CLOSE_TIMEOUT, End, Half, Keepalive, Link, Pipes, Reason, Receiving, Stream,
 };
 use crate::http::COMPRESSED;
-use crate::poll::{self, Event, lock};
+use crate::poll::{self, lock};
 use crate::web::{self, AGENT, LOOKUP_TIMEOUT, STEP_TIMEOUT, is_loopback, proxy_for, text_of};
 use jwt_simple::{prelude::Base64, reexports::ct_codecs::Encoder};
 use rustix::io::ioctl_fionbio;
@@ -80,8 +80,8 @@ const TOKEN: &str = "NIX_RELAY_TOKEN";
 const COMMAND: &str = "NIX_RELAY_TOKEN_COMMAND";
 const ACTIONS_URL: &str = "ACTIONS_ID_TOKEN_REQUEST_URL";
 const ACTIONS_SECRET: &str = "ACTIONS_ID_TOKEN_REQUEST_TOKEN";
-const NO_COMMANDS: &str = "no token from NIX_RELAY_TOKEN_COMMAND";
-const NO_ACTIONS: &str = "no token from ACTIONS_ID_TOKEN_REQUEST_URL";
+const NO_TOKEN_FROM_COMMAND: &str = "no token from NIX_RELAY_TOKEN_COMMAND";
+const NO_TOKEN_FROM_ACTIONS: &str = "no token from ACTIONS_ID_TOKEN_REQUEST_URL";
 const TOKENS_OF_JOBS: [&str; 2] = ["GITLAB_OIDC_TOKEN", "CIRCLE_OIDC_TOKEN_V2"];
 const NO_TOKEN: &str = "no token: set NIX_RELAY_TOKEN or NIX_RELAY_TOKEN_COMMAND, or let the job \
     have one: GitHub or Forgejo (permission id-token: write) sets ACTIONS_ID_TOKEN_REQUEST_URL \
@@ -140,11 +140,10 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
         session.compressed,
     )?;
     let stdin = io::stdin();
-    // The end of a pipe is seen by reading it.
-    let never = Event::new()?;
     let pipes = Pipes {
         source: stdin.as_fd(),
-        source_ended: never.poll_fd(),
+        // The end of a pipe is seen by reading it.
+        source_ended: link.over.poll_fd(),
         sink: io::stdout(),
     };
 
@@ -363,11 +362,14 @@ fn token() -> Result<String, Failure> {
     } else if variable(COMMAND).is_some() {
         (
             COMMAND,
-            run_token_command().map_err(|e| e.during(NO_COMMANDS))?,
+            run_token_command().map_err(|e| e.during(NO_TOKEN_FROM_COMMAND))?,
         )
     } else if let (Some(url), Some(secret)) = (variable(ACTIONS_URL), variable(ACTIONS_SECRET)) {
         let token = request_token(&url, secret.trim_end());
-        (ACTIONS_URL, token.map_err(|e| e.during(NO_ACTIONS))?)
+        (
+            ACTIONS_URL,
+            token.map_err(|e| e.during(NO_TOKEN_FROM_ACTIONS))?,
+        )
     } else {
         web::first_set(&TOKENS_OF_JOBS).ok_or_else(|| Failure::lasting(NO_TOKEN))?
     };
@@ -714,13 +716,17 @@ impl Stream for Tls {
     }
 
     fn write(&self, bytes: &[u8]) -> io::Result<usize> {
-        let mut tls = lock(&self.connection);
-        rustls::Stream::new(&mut *tls, &mut &*self.socket).write(bytes)
+        // rustls has room for more once it has sent what it holds.
+        self.flush()?;
+        lock(&self.connection).writer().write(bytes)
     }
 
     fn flush(&self) -> io::Result<()> {
         let mut tls = lock(&self.connection);
-        rustls::Stream::new(&mut *tls, &mut &*self.socket).flush()
+        while tls.wants_write() {
+            tls.write_tls(&mut &*self.socket)?;
+        }
+        Ok(())
     }
 }
 
