@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Each connection has a thread, and each session has two more, which copy. `nix-relay --stdio`,
-//! which an unchanged nix runs in place of ssh, is in client.rs; it uses `copy` and what is below.
+//! which an unchanged nix runs in place of ssh, is in client.rs; it uses `copy` and what is below,
+//! and `fail`.
 #![forbid(unsafe_code)]
 
 mod client;
@@ -185,9 +186,9 @@ fn serve(config: Config, issuers: Issuers) -> io::Result<()> {
     }
     let _ = sd_notify::notify(&[NotifyState::Stopping]);
     info!("shutting down grace_secs={}", grace.as_secs());
-    relay.wait_for_guests(grace);
+    relay.wait_for_guests(grace, true);
     relay.closing.set();
-    let left = relay.wait_for_guests(SHUTDOWN_TIMEOUT);
+    let left = relay.wait_for_guests(SHUTDOWN_TIMEOUT, false);
     info!("shut down connections_left={left}");
     Ok(())
 }
@@ -245,14 +246,14 @@ const EXPECTED_FDS: &str =
 
 /// The states of a connection, from its first byte to a session or a refusal, each with a limit
 /// in time and in number. A connection has exactly one `State`: in the lobby of its listener we
-/// wait for the client, or verify its token; then it is a guest. Whoever is in a later state takes
-/// no place from those whose request is being read. Promises that a permit is always given back,
-/// and that nothing ends the accept loops.
+/// wait for the client, or verify its token; then it is a guest, and takes no place from those
+/// whose request is being read. Promises that a permit is always given back, and that nothing but a
+/// shutdown ends an accept loop.
 ///
 /// | state | type | limit in time | limit in number; beyond it |
 /// | --- | --- | --- | --- |
-/// | reading the head | `Lobby` | `handshake_timeout_secs` | together `MAX_LOBBY` a listener: |
-/// | hearing a refusal | `Lobby` | `LINGER` | the one waited for longest goes |
+/// | reading the head | `Lobby` | `handshake_timeout_secs` | `MAX_LOBBY` a port; the first goes |
+/// | hearing a refusal | `Lobby` | `LINGER` | as above, among the same |
 /// | waiting for keys | `Guest` | `KEYS_TIMEOUT` | `MAX_WAITING` an issuer; 503 at once |
 /// | waiting for a permit | `Guest` | `queue_timeout_secs` | `MAX_QUEUE` a rule; 503 at once |
 /// | session | `Guest`, `Permit` | `timeout_secs` | `max_connections`; waits, as above |
@@ -317,7 +318,7 @@ mod connection {
         /// Fails without descriptors.
         pub fn new(config: Config, issuers: Issuers) -> io::Result<Relay> {
             let most = config.daemon.max_connections.into();
-            metrics::SESSIONS_LIMIT.add("", u64::from(most));
+            metrics::SESSIONS_LIMIT.count().add(u64::from(most));
             let own = |rule: &Rule| Semaphore::new(rule.max_connections.into());
             Ok(Relay {
                 permits: Semaphore::new(most)?,
@@ -341,14 +342,13 @@ mod connection {
             self.draining.set();
         }
 
-        /// Waits until no guest is left, or until the sessions must end (if they need not yet),
-        /// but at most for `limit`. Returns how many guests are left.
-        pub fn wait_for_guests(&self, limit: Duration) -> usize {
+        /// Waits until no guest is left, but at most for `limit`. A grace ends before that if the
+        /// sessions must end. Returns how many guests are left.
+        pub fn wait_for_guests(&self, limit: Duration, is_grace: bool) -> usize {
             let until = Instant::now() + limit;
-            let was_closing = self.closing.is_set();
             loop {
                 let guests = Arc::strong_count(&self.guests) - 1;
-                let is_over = Instant::now() >= until || self.closing.is_set() != was_closing;
+                let is_over = Instant::now() >= until || is_grace && self.closing.is_set();
                 if guests == 0 || is_over {
                     return guests;
                 }
@@ -593,14 +593,14 @@ mod connection {
             let came = Instant::now();
             let until = came + KEYS_TIMEOUT;
             loop {
-                let wait = match issuers.verify(token, came)? {
+                let (fetched, _place) = match issuers.verify(token, came)? {
                     Verdict::Verified(identity) => return Ok(identity),
-                    Verdict::NeedsKeys(wait) => wait,
+                    Verdict::NeedsKeys(fetched, place) => (fetched, place),
                 };
                 if Instant::now() >= until {
                     return Err(oidc::no_keys("they did not come in time"));
                 }
-                self.wait_for(wait.fetched.poll_fd(), until)?;
+                self.wait_for(fetched.poll_fd(), until)?;
             }
         }
 
@@ -631,7 +631,7 @@ mod connection {
         /// Fails if the client leaves or the relay drains.
         fn wait_for(&mut self, fd: PollFd, until: Instant) -> Result<(), Answer> {
             let draining = &self.relay.draining;
-            // Whoever comes while we drain is told so, and holds up nothing.
+            // While we drain, nobody becomes a guest: that would hold up the shutdown.
             if !draining.is_set() {
                 self.state = State::Guest {
                     _counted: self.relay.guests.clone(),
@@ -674,7 +674,7 @@ mod connection {
 /// May the caller do this: checks a verified identity against the rules. Pure: it touches
 /// nothing else. Promises that a caller who matches no rule gets nothing.
 mod policy {
-    use crate::config::{Rule, text, values};
+    use crate::config::{Rule, values};
     use crate::http::{self, Answer};
     use crate::oidc::Identity;
     use crate::text::quoted;
@@ -710,8 +710,8 @@ mod policy {
         let mut nearest = usize::MAX;
         let mut why = "none is for its issuer and audience".to_owned();
         for (index, rule) in rules.iter().enumerate() {
-            let is_for = |audience: &Value| *audience == *rule.audience;
-            if rule.issuer != identity.issuer || !values(&claims["aud"]).iter().any(is_for) {
+            let audience = rule.audience.as_str().into();
+            if rule.issuer != identity.issuer || !values(&claims["aud"]).contains(&audience) {
                 continue;
             }
             let wrong = wrong_claims(rule, claims);
@@ -757,27 +757,23 @@ mod policy {
     /// The claims that do not match what the rule binds them to.
     fn wrong_claims<'a>(rule: &'a Rule, claims: &Value) -> Vec<&'a str> {
         let bound = rule.bound_claims.iter();
-        let wrong = bound.filter(|(name, patterns)| !fits(rule, patterns, claim(claims, name)));
+        let wrong = bound.filter(|(name, patterns)| !fits(patterns, claim(claims, name)));
         wrong.map(|(name, _)| name.as_str()).collect()
     }
 
     /// Whether the claim's value, or one of its values, matches one of the patterns.
-    fn fits(rule: &Rule, patterns: &Value, claim: &Value) -> bool {
-        let mut patterns = values(patterns).iter().filter_map(text);
-        patterns.any(|pattern| {
-            let mut values = values(claim).iter().filter_map(text);
-            // A pattern that the library finds too long is longer than any token.
-            let pattern = compile(&pattern, rule.ignores_case);
-            pattern.is_ok_and(|pattern| values.any(|value| pattern.is_match(&value)))
-        })
+    fn fits(patterns: &[Regex], claim: &Value) -> bool {
+        let mut values = values(claim).iter().filter_map(text);
+        values.any(|value| patterns.iter().any(|pattern| pattern.is_match(&value)))
     }
 
-    /// `**` matches any characters, `*` any characters but `/`, and everything else only itself.
-    fn compile(pattern: &str, ignores_case: bool) -> Result<Regex, regex_lite::Error> {
-        let literal = regex_lite::escape(pattern);
-        let pattern = literal.replace(r"\*\*", ".*").replace(r"\*", "[^/]*");
-        let flags = if ignores_case { "si" } else { "s" };
-        Regex::new(&format!("^(?{flags}:{pattern})$"))
+    /// A string as it is, a number or a boolean as JSON prints it, and nothing else.
+    fn text(value: &Value) -> Option<String> {
+        match value {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
+            _ => None,
+        }
     }
 }
 
@@ -914,7 +910,7 @@ mod oidc {
     #[derive(Deserialize)]
     struct Members(#[serde(with = "tuple_vec_map")] Vec<(String, Value)>);
 
-    /// The JSON object in one part of a token. One in which a name occurs twice is refused, since
+    /// The JSON object in one part of a token. One that has a name twice is refused, since
     /// other programs may read the first where we read the last (RFC 7519, section 4).
     fn object(part: &str) -> Option<Value> {
         let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
@@ -928,15 +924,9 @@ mod oidc {
     pub enum Verdict<'a> {
         Verified(Identity),
         /// The key that it names is not among them, or has been replaced by another of that name.
-        /// Newer keys have been asked for.
-        NeedsKeys(KeyWait<'a>),
-    }
-
-    /// A token that waits for newer keys.
-    pub struct KeyWait<'a> {
-        /// Set once they have been fetched, or could not be.
-        pub fetched: Arc<Event>,
-        _place: Entered<'a>,
+        /// Newer keys have been asked for. The event comes when they have been fetched, or could
+        /// not be; the token has a place among those that wait.
+        NeedsKeys(Arc<Event>, Entered<'a>),
     }
 
     fn invalid_token(why: &str) -> Answer {
@@ -1022,7 +1012,7 @@ mod oidc {
             let unknown = "its issuer is not one that this relay trusts";
             let issuer = issuer.ok_or_else(|| invalid_token(unknown))?;
 
-            // First, so that the keys are no older than what is known of the latest fetch.
+            // Read before the keys: the keys of a fetch that ended in between would not be tried.
             let latest = lock(&issuer.cache).latest;
             match issuer.check(&token) {
                 Ok(()) => Ok(Verdict::Verified(Identity {
@@ -1032,7 +1022,7 @@ mod oidc {
                 Err(Rejection::Final(why)) => Err(invalid_token(&why)),
                 Err(Rejection::WithTheseKeys(why)) => {
                     let fetched = latest.filter(|(begun, _)| *begun >= came);
-                    issuer.ask(&why, fetched).map(Verdict::NeedsKeys)
+                    issuer.ask(&why, fetched)
                 }
             }
         }
@@ -1067,8 +1057,8 @@ mod oidc {
         latest: Option<Fetch>,
         /// Set at the end of the next fetch. None if no token waits for one.
         next: Option<Arc<Event>>,
-        /// When tokens may ask for another fetch.
-        free_at: Option<Instant>,
+        /// When a token last asked for a fetch.
+        asked: Option<Instant>,
     }
 
     impl Issuer {
@@ -1132,10 +1122,10 @@ mod oidc {
             }
         }
 
-        /// Asks for newer keys, because of why a token does not verify. Answers 401 if it has been
-        /// checked with keys of a fetch that began after it came (`fetched`), and 503 if that fetch
-        /// did not work, if too many wait, or if tokens have asked too often.
-        fn ask(&self, why: &str, fetched: Option<Fetch>) -> Result<KeyWait<'_>, Answer> {
+        /// Asks for newer keys, for a token that does not verify and why. Answers 401 if the keys
+        /// are of a fetch that began after the token came (`fetched`), and 503 if that fetch did
+        /// not work, if too many wait, or if a token asked a moment ago.
+        fn ask(&self, why: &str, fetched: Option<Fetch>) -> Result<Verdict<'_>, Answer> {
             match fetched {
                 Some((_, true)) => return Err(invalid_token(why)),
                 Some((_, false)) => return Err(no_keys("they could not be fetched")),
@@ -1144,23 +1134,24 @@ mod oidc {
 
             let mut cache = lock(&self.cache);
             let too_many = || no_keys("too many wait for them already");
-            let _place = self.waiting.enter(MAX_WAITING).ok_or_else(too_many)?;
+            let place = self.waiting.enter(MAX_WAITING).ok_or_else(too_many)?;
             let fetched = match cache.next.clone() {
                 Some(next) => next,
                 None => {
-                    let now = Instant::now();
-                    if cache.free_at.is_some_and(|free_at| now < free_at) {
+                    if cache
+                        .asked
+                        .is_some_and(|asked| asked.elapsed() < FETCH_INTERVAL)
+                    {
                         return Err(no_keys("they were asked for a moment ago"));
                     }
-                    cache.free_at = Some(now + FETCH_INTERVAL);
+                    let next = Arc::new(Event::new().map_err(no_keys)?);
+                    cache.asked = Some(Instant::now());
+                    cache.next = Some(next.clone());
                     self.wanted.set();
-                    cache
-                        .next
-                        .insert(Arc::new(Event::new().map_err(no_keys)?))
-                        .clone()
+                    next
                 }
             };
-            Ok(KeyWait { fetched, _place })
+            Ok(Verdict::NeedsKeys(fetched, place))
         }
 
         /// Fetches the keys when they are too old, when a token needs newer ones, and a while
@@ -1200,9 +1191,8 @@ mod oidc {
                     quoted(&e)
                 ),
             }
-            // A fetch that began before tokens asked for one is none of theirs.
-            let is_theirs = |free_at: &Instant| begun + FETCH_INTERVAL >= *free_at;
-            cache.free_at = cache.free_at.filter(is_theirs);
+            // Those who asked after it began may ask once more.
+            cache.asked = cache.asked.filter(|asked| *asked <= begun);
             self.wanted.reset();
             if let Some(next) = cache.next.take() {
                 next.set();
@@ -1259,7 +1249,7 @@ mod oidc {
 }
 
 /// Connects nix-daemon and a WebSocket until one of them ends. Owns the child. Promises that
-/// each session has exactly one reason to end, which the log and the Close are made from, and
+/// each session has exactly one reason to end, which the log has, and so has the Close, and
 /// that the child is reaped and its process group killed before its permit is given back.
 mod session {
     use crate::config::{Config, secs};
@@ -1288,7 +1278,7 @@ mod session {
     /// How long a client may take to receive what the kernel holds for it when its session is
     /// over: 4 MiB at most (tcp(7), tcp_wmem), so 48 KiB a second are enough.
     const TAIL_TIMEOUT: Duration = Duration::from_secs(90);
-    /// The total size of the input pipes of all sessions. An unprivileged user whose pipes
+    /// The total size of the input pipes of up to 160 sessions. An unprivileged user whose pipes
     /// exceed 64 MiB gets only tiny ones from then on (pipe(7)). Output pipes are a quarter as
     /// large, since they gain less.
     const PIPES_BYTES: u32 = 40 << 20;
@@ -1322,24 +1312,15 @@ mod session {
     ];
     const KEPT_PREFIXES: [&str; 4] = ["LC_", "XDG_", "GC_", "NIX_"];
     const OWN_PREFIX: &str = "NIX_RELAY_";
+    const NOT_STARTED: &str = "nix-daemon does not start; the relay's log has the cause";
     /// Why a child may not start at one time, and start at another.
     const SCARCITY: [Errno; 4] = [Errno::AGAIN, Errno::MFILE, Errno::NFILE, Errno::NOMEM];
-    /// The names of `Reason` in its order, for the log and the metrics.
-    const REASONS: [&str; 7] = [
-        "client-closed",
-        "client-gone",
-        "daemon-exited",
-        "protocol-error",
-        "relay-failed",
-        "shutting-down",
-        "timed-out",
-    ];
 
-    /// How a child is ended when its session is over. Its standard input is closed first, unless
-    /// it has closed its output itself; that makes nix-daemon cancel its builds and release its
-    /// locks. Then its group gets these signals, each after this many seconds.
+    /// How a child is ended when its session is over. Its standard input is closed first (not if
+    /// it has closed its output itself), and then nix-daemon cancels its builds and releases its
+    /// locks. After that its group gets these signals, each after this many seconds.
     const STEPS: [(u64, Signal); 2] = [(10, Signal::TERM), (5, Signal::KILL)];
-    /// How long that may take.
+    /// How long that takes at most, unless the kernel holds a child up.
     pub const TERMINATION_TIME: Duration = Duration::from_secs(STEPS[0].0 + STEPS[1].0);
 
     /// A session that is about to start.
@@ -1433,10 +1414,10 @@ mod session {
                 && !self.link.over.is_set()
             {
                 self.link.set_end(own.clone());
-                let code = match (self.link.end.get(), own.code) {
+                let code = match own.code {
                     // A client's code is answered with the same one (RFC 6455, section 5.5.1).
-                    (Some(end), Some(CloseCode::Normal)) => end.code,
-                    (_, code) => code,
+                    Some(CloseCode::Normal) => self.link.end.get().and_then(|end| end.code),
+                    code => code,
                 };
                 self.link.close(code, &own.detail, TAIL_TIMEOUT);
             } else if let Some(end) = self.link.end.get()
@@ -1454,7 +1435,7 @@ mod session {
                 let check = self.keepalive.check(self.link);
                 check.map_or(self.deadline, |check| check.min(self.deadline))
             });
-            // poll needs four, so one that does not matter any more is `news` again.
+            // poll needs four, so `news` stands in for what does not matter now, or any more.
             let news = self.link.news.poll_fd();
             let closing = step.map_or(self.closing.poll_fd(), |_| news.clone());
             let exited = self.exited.map_or(news.clone(), poll::input);
@@ -1480,7 +1461,7 @@ mod session {
 
         /// Counts and logs a session that has ended.
         fn report(&self, end: &End, exit: &Exit) {
-            let reason = REASONS[end.reason as usize];
+            let reason = metrics::SESSIONS.values[end.reason as usize];
             let length = self.start.elapsed();
             metrics::add_session(reason, length);
             info!(
@@ -1538,8 +1519,7 @@ mod session {
                 } else {
                     http::BAD_GATEWAY
                 };
-                let line = "nix-daemon does not start; the relay's log has the cause";
-                Answer::new(status, line).because(format!("{program}: {e}"))
+                Answer::new(status, NOT_STARTED).because(format!("{program}: {e}"))
             })
         }
 
@@ -1695,8 +1675,8 @@ mod session {
 /// Copies in both directions between a WebSocket and a pair of pipes. `inward` reads messages
 /// and writes their payload to a pipe; `outward` reads a pipe and sends binary messages. Each
 /// runs in a thread of its own; the thread that starts them supervises. Promises that reading
-/// never waits for writing, that no lock is held while anything waits, that only the first
-/// reason to end counts, and that both threads are gone when `run` returns.
+/// from the peer never waits for writing to it, that no lock is held while anything waits, that
+/// only the first reason to end counts, and that both threads are gone when `run` returns.
 mod copy {
     use crate::metrics::{self, Count};
     use crate::poll::{self, Event, lock};
@@ -1744,15 +1724,16 @@ mod copy {
     /// poll(2) reports a socket as writable when a third of its buffer is free. A slow peer may
     /// take very long to free that much, so we try without it.
     const CHECK: Duration = Duration::from_secs(1);
-    /// Of zstd's levels, the one that keeps up with a link. Its window is 512 KiB.
+    /// Of zstd's levels, the one that keeps up with 1 Gbit/s. Its window is 512 KiB.
     const LEVEL: i32 = 1;
     /// The peer's window is 1 MiB at most.
     const MAX_WINDOW_LOG2: u32 = 20;
-    /// What zstd wants next after a block, or after a frame (RFC 8878, section 3.1.1.2).
+    /// How many bytes zstd wants next after a block, the next one's header (RFC 8878, section
+    /// 3.1.1.2), and after a frame.
     const AFTER_BLOCK: [usize; 2] = [3, 0];
     const ERR_OR_HUP: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
-    /// Why a session ended.
+    /// Why a session ended. `metrics::SESSIONS` has the names, in this order.
     #[derive(Clone, Copy, PartialEq)]
     pub enum Reason {
         /// The peer sent a Close, or ended the connection in order.
@@ -1841,7 +1822,9 @@ mod copy {
     const NOT_ZSTD: End = End {
         reason: Reason::ProtocolError,
         code: Some(CloseCode::Invalid),
-        detail: Cow::Borrowed("expected whole blocks of a zstd stream, with a window of 1 MiB"),
+        detail: Cow::Borrowed(
+            "expected whole blocks of a zstd stream, with a window of at most 1 MiB",
+        ),
     };
 
     /// What carries the bytes of a session: a socket, or TLS over one.
@@ -1948,11 +1931,15 @@ mod copy {
         }
 
         /// Makes the payload in the buffer the next blocks of a zstd stream (RFC 8878), if the peer
-        /// wants one. If this or the next function fails, the payload is lost.
+        /// wants one. If this or the next function fails, the payload is lost, and with it the
+        /// connection.
+        // Inlined, it would take a page of stack from each idle session.
+        #[inline(never)]
         fn compress(&mut self) -> io::Result<()> {
             if let Some(encoder) = &mut self.encoder {
-                encoder.write_all(&self.buffer.split_off(HEADER_BYTES))?;
+                encoder.write_all(&self.buffer[HEADER_BYTES..])?;
                 encoder.flush()?;
+                self.buffer.truncate(HEADER_BYTES);
                 self.buffer.append(encoder.get_mut());
             }
             Ok(())
@@ -1981,6 +1968,7 @@ mod copy {
         }
     }
 
+    /// Expands what the peer has compressed.
     pub(crate) fn new_decoder() -> DCtx<'static> {
         let mut decoder = DCtx::create();
         let _ = decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG2));
@@ -2039,8 +2027,6 @@ mod copy {
         pub end: OnceLock<End>,
         /// Set when both threads must stop.
         pub over: Event,
-        /// Set when `inward` has stopped.
-        inward_stopped: Event,
         /// Whether the source has ended, and the socket has accepted everything from it.
         pub all_sent: AtomicBool,
         /// Set when `end` or `all_sent` has changed. The supervisor resets it.
@@ -2082,7 +2068,6 @@ mod copy {
                 is_full: AtomicBool::new(false),
                 end: OnceLock::new(),
                 over: Event::new()?,
-                inward_stopped: Event::new()?,
                 all_sent: AtomicBool::new(false),
                 news: Event::new()?,
                 received: Count::new(),
@@ -2201,9 +2186,8 @@ mod copy {
                 }
             }
 
-            // A child whose input ends after that cannot be what ended the session.
+            // Not earlier: a child that ends with its input must not be taken for what ended all.
             drop(sink);
-            self.inward_stopped.set();
         }
 
         /// What the child of a relay still says is sent to a client that has closed.
@@ -2235,17 +2219,22 @@ mod copy {
         ) -> Result<(), End> {
             let mut input = InBuffer::around(blocks);
             let mut part = Vec::with_capacity(CHUNK_BYTES);
-            while !self.over.is_set() {
+            let mut wanted = 0;
+            // If it has filled the part, there may be more.
+            while input.pos() < blocks.len() || part.len() == part.capacity() && wanted > 0 {
                 let output = &mut OutBuffer::around(&mut part);
-                let wanted = decoder.decompress_stream(output, &mut input);
-                let wanted = wanted.map_err(|_| NOT_ZSTD)?;
-                if part.is_empty() && input.pos() == blocks.len() {
-                    let is_whole = AFTER_BLOCK.contains(&wanted);
-                    return is_whole.then_some(()).ok_or(NOT_ZSTD);
-                }
+                let hint = decoder.decompress_stream(output, &mut input);
+                wanted = hint.map_err(|_| NOT_ZSTD)?;
                 self.deliver(&part, sink)?;
+                if self.over.is_set() {
+                    return Ok(());
+                }
             }
-            Ok(())
+            if AFTER_BLOCK.contains(&wanted) {
+                Ok(())
+            } else {
+                Err(NOT_ZSTD)
+            }
         }
 
         /// Writes the payload of a message to the pipe. A child that reads no more may still
@@ -2357,7 +2346,7 @@ mod copy {
 
         /// A client's Close asks for the end. A relay's says how the child ended, and comes later.
         fn end_source(&self) {
-            // Before the Close, so that no ping follows it.
+            // Before the Close, so that no ping is made after it.
             self.all_sent.store(true, Relaxed);
             if self.role == Role::Client {
                 self.send_close(Some(CloseCode::Normal), "", || self.over.is_set());
@@ -2380,7 +2369,8 @@ mod copy {
             let has_progressed = mem::take(&mut sending.has_progressed);
             let is_full = matches!(sent, Sent::Partly);
             let was_full = self.is_full.swap(is_full, Relaxed);
-            // A peer that begins to be slow has its time from now on.
+            // To become full, to become free and to take some are each a sign of life, or the
+            // beginning of the time for one.
             if was_full != is_full || was_full && has_progressed {
                 self.note_alive();
             }
@@ -2404,13 +2394,12 @@ mod copy {
         pub fn close(&self, code: Option<CloseCode>, reason: &str, limit: Duration) {
             let until = Instant::now() + limit;
             self.send_close(code, reason, || Instant::now() >= until);
-            // A buffer of the smallest size has room when the peer has received what it held. The
-            // peer's own Close says the same, if `inward` still reads.
+            // A buffer of the smallest size has room when the peer has received what it held.
             let _ = sockopt::set_socket_send_buffer_size(&self.socket, 0);
-            let nothing = [PollFlags::empty(); 2];
             let room = PollFd::new(&self.socket, PollFlags::OUT);
-            let fds = [room, self.inward_stopped.poll_fd()];
-            while poll::ready(fds.clone(), Some(until)) == nothing && Instant::now() < until {}
+            while poll::ready([room.clone()], Some(until)) == [PollFlags::empty()]
+                && Instant::now() < until
+            {}
             poll::linger(&self.socket, CLOSE_TIMEOUT);
         }
 
@@ -2483,7 +2472,7 @@ mod copy {
 
 /// Reads a request head and writes a status; nothing else of HTTP (RFC 9110, RFC 9112, RFC 6455
 /// section 4). Reads and writes the client's socket. Promises that every wait has a deadline,
-/// that a head is never longer than 16 KiB, and that an answer is one line, whatever the client
+/// that a head is never longer than 16 KiB, and that a refusal is one line, whatever the client
 /// sent.
 mod http {
     use crate::poll;
@@ -2780,11 +2769,12 @@ mod http {
     }
 }
 
-/// Turns defaults, file and environment into one validated `Config`.
-/// Reads the configuration file and the environment, nothing else. Promises that everything in a
+/// Turns defaults, file and environment into one validated `Config`. Reads the configuration file,
+/// the environment, and the authorities that this names. Promises that everything in a
 /// `Config` can be used as it is, and that an error says where it comes from.
 mod config {
     use crate::web::{self, first_set, is_https_or_loopback};
+    use regex_lite::Regex;
     use serde::{Deserialize, Serialize};
     use serde_json::Value as Json;
     use std::collections::BTreeMap;
@@ -2908,14 +2898,15 @@ mod config {
         max_connections: Option<NonZeroU32>,
     }
 
+    /// For each claim, the patterns of which one must match.
+    type Patterns = BTreeMap<String, Vec<Regex>>;
+
     /// A rule with everything filled in that it leaves out.
     pub struct Rule {
         pub name: String,
         pub issuer: String,
         pub audience: String,
-        /// For each claim, the pattern, or the list of patterns of which one must match.
-        pub bound_claims: BTreeMap<String, Json>,
-        pub ignores_case: bool,
+        pub bound_claims: Patterns,
         pub extra_args: Vec<String>,
         pub max_connections: NonZeroU32,
     }
@@ -3014,7 +3005,8 @@ mod config {
         type Error = &'static str;
 
         fn try_from(claims: BTreeMap<String, Json>) -> Result<BoundClaims, &'static str> {
-            let is_pattern = |value: &Json| text(value).is_some() && !value.is_f64();
+            let is_pattern =
+                |value: &Json| value.is_string() || value.is_boolean() || value.is_i64();
             let is_bound = |patterns: &Json| {
                 let patterns = values(patterns);
                 !patterns.is_empty() && patterns.iter().all(is_pattern)
@@ -3038,13 +3030,20 @@ mod config {
         }
     }
 
-    /// A string as it is, a number or a boolean as JSON prints it, and nothing else.
-    pub fn text(value: &Json) -> Option<String> {
-        match value {
-            Json::String(text) => Some(text.clone()),
-            Json::Number(_) | Json::Bool(_) => Some(value.to_string()),
-            _ => None,
-        }
+    /// Compiles patterns: `**` matches any characters, `*` any characters but `/`, and everything
+    /// else only itself. The library takes none that is longer than any token; those are left out.
+    fn compile(claims: BoundClaims, flags: &str) -> Patterns {
+        let regex = |pattern: &Json| {
+            let text = pattern.as_str().map_or(pattern.to_string(), String::from);
+            let literal = regex_lite::escape(&text);
+            let pattern = literal.replace(r"\*\*", ".*").replace(r"\*", "[^/]*");
+            Regex::new(&format!("^(?{flags}:{pattern})$")).ok()
+        };
+        let patterns = |(name, written): (String, Json)| {
+            let patterns = values(&written).iter().filter_map(regex);
+            (name, patterns.collect())
+        };
+        claims.0.into_iter().map(patterns).collect()
     }
 
     /// Applies defaults, file and environment, in that order. The file's path may come from the
@@ -3122,21 +3121,22 @@ mod config {
                 name: rule.name.0,
                 issuer: rule.issuer.unwrap_or(self.issuer.clone()).0,
                 audience: rule.audience.unwrap_or(self.audience.clone()).0,
-                bound_claims: rule.bound_claims.0,
-                ignores_case: false,
+                bound_claims: compile(rule.bound_claims, "s"),
                 extra_args: rule.extra_args.unwrap_or(daemon.extra_args.clone()),
                 max_connections: rule.max_connections.unwrap_or(daemon.max_connections),
             };
             let mut rules: Vec<Rule> = self.rule.iter().cloned().map(resolve).collect();
 
             if !self.allowed_org.is_empty() {
-                let owner = self.allowed_org.to_string().into();
+                let owner = (
+                    "repository_owner".into(),
+                    self.allowed_org.to_string().into(),
+                );
                 rules.push(Rule {
                     name: "allowed_org".into(),
                     issuer: self.issuer.to_string(),
                     audience: self.audience.to_string(),
-                    bound_claims: [("repository_owner".into(), owner)].into(),
-                    ignores_case: true,
+                    bound_claims: compile(BoundClaims([owner].into()), "si"),
                     extra_args: daemon.extra_args.clone(),
                     max_connections: daemon.max_connections,
                 });
@@ -3195,10 +3195,10 @@ mod metrics {
     pub struct Metric {
         /// Its help and its type, as lines.
         head: &'static str,
-        values: &'static [&'static str],
+        pub values: &'static [&'static str],
         /// The names of its series, with their label.
         series: &'static [&'static str],
-        /// How much is counted for each that is shown.
+        /// What a count is divided by to be shown.
         unit: f64,
         counts: &'static [Count],
     }
@@ -3303,7 +3303,7 @@ mod web {
     use std::net::IpAddr;
     use std::path::Path;
     use std::time::Duration;
-    use std::{env, fmt};
+    use std::{env, fmt, fs};
     use ureq::http::{HeaderMap, StatusCode, Uri, header};
     use ureq::tls::{Certificate, RootCerts, TlsConfig};
     use ureq::typestate::WithoutBody;
@@ -3364,8 +3364,9 @@ mod web {
         let set = first_set(&AUTHORITIES).filter(|(_, path)| is_there(path));
         if let Some((name, path)) = set {
             let unusable = |cause: &dyn fmt::Display| format!("{name}={path}: {cause}");
-            let found = CertificateDer::pem_file_iter(&path).map_err(|e| unusable(&e))?;
+            let pem = fs::read(&path).map_err(|e| unusable(&e))?;
             let count = all.len();
+            let found = CertificateDer::pem_slice_iter(&pem);
             all.extend(
                 found
                     .flatten()

@@ -107,6 +107,24 @@ fn what_came_before_makes_the_next_smaller() {
     assert!(lengths[0] > 20_000 && lengths[2] < 200, "{lengths:?}");
 }
 
+/// A stream may consist of frames, and an empty message changes nothing.
+#[test]
+fn a_frame_that_ends_with_its_message() {
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let mut client = connect(&relay, &issuer);
+    let mut expander = Expander::new();
+    for part in [noise(1), vec![0; 65_536], vec![0; 65_537], noise(200_000)] {
+        client.send("");
+        client.send(zstd::encode_all(&part[..], 1).unwrap());
+        let mut echo = Vec::new();
+        while echo.len() < part.len() {
+            echo.extend(expander.next(&client.receive()));
+        }
+        assert!(echo == part, "{} bytes", part.len());
+    }
+}
+
 #[test]
 fn what_is_no_such_stream() {
     let issuer = Issuer::start();

@@ -290,8 +290,11 @@ fn clients_that_hang_up_while_they_wait() {
         newcomer.send("served");
         assert_eq!(newcomer.receive(), b"served");
     });
+    let opened = full.relay.log.text();
+    assert_eq!(opened.matches("session opened").count(), 33);
+    // Perhaps one more, which the relay starts at its own start and kills at once.
     let started = std::fs::read_to_string(full.dir.path("started")).unwrap();
-    assert_eq!(started.lines().count(), 33);
+    assert!((33..=34).contains(&started.lines().count()), "{started}");
 }
 
 /// Pull requests that fill their rule leave the rest to others, in sessions and in waiting.

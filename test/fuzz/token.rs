@@ -61,11 +61,11 @@ mod target {
     fn verify(issuers: &Issuers, token: &str) -> Result<(), Answer> {
         let came = Instant::now();
         let until = came + Duration::from_secs(10);
-        while let Verdict::NeedsKeys(wait) = issuers.verify(token, came)? {
+        while let Verdict::NeedsKeys(fetched, _place) = issuers.verify(token, came)? {
             if Instant::now() >= until {
                 return Err(oidc::no_keys("they did not come in time"));
             }
-            poll::ready([wait.fetched.poll_fd()], Some(until));
+            poll::ready([fetched.poll_fd()], Some(until));
         }
         Ok(())
     }
