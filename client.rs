@@ -114,9 +114,9 @@ fn carry() -> Result<ExitCode, String> {
     let retry = seconds("NIX_RELAY_RETRY_SECS", 60)?;
     let queue = seconds("NIX_RELAY_QUEUE_SECS", 3600)?;
     if target.tls.is_none() && !is_loopback(&target.host) {
-        let host = &target.host;
         say(&format!(
-            "warning: the token goes unencrypted to {host}; use wss:// instead"
+            "warning: the token goes unencrypted to {}; use wss:// instead",
+            target.host
         ));
     }
 
@@ -171,8 +171,7 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
         }
     })?;
     let end = link.end.get().cloned().unwrap_or(copy::FAILED);
-    let all_sent = link.all_sent.load(Relaxed);
-    Ok((end, all_sent))
+    Ok((end, link.all_sent.load(Relaxed)))
 }
 
 fn outcome(end: &End, all_sent: bool) -> Result<ExitCode, String> {
@@ -563,10 +562,9 @@ impl Target {
         // Leaves out a user name and password.
         let place = uri.authority()?.as_str().rsplit('@').next()?;
         let host = uri.host().filter(|host| !host.is_empty())?;
-        let port = if place == host {
-            default_port
-        } else {
-            uri.port_u16()?
+        let port = match place.strip_prefix(host)? {
+            "" => default_port,
+            port => port.strip_prefix(':')?.parse().ok()?,
         };
 
         let path = match uri.path_and_query()?.as_str() {

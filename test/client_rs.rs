@@ -156,6 +156,7 @@ fn what_cannot_be_is_said_before_anything_is_sent() {
         ("ws://:80", "'ws://:80'"),
         ("ws://relay:99999", "'ws://relay:99999'"),
         ("ws://re lay", "'ws://re lay'"),
+        ("ws://[::1]x:80", "'ws://[::1]x:80'"),
         ("https://user:secret@relay", "'relay'"),
     ] {
         let set = "set NIX_RELAY_URL to where the relay is, as wss://HOST or ws://HOST:PORT";
