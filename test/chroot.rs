@@ -247,6 +247,8 @@ impl Chroot {
             .env("NIX_RELAY_RETRY_SECS", "0");
         let client = client.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut client = client.stderr(Stdio::piped()).spawn().unwrap();
+        // A relay that ended the session before that would be an error.
+        drop(client.stdin.take());
         let status = wait(&mut client, LIMIT);
         let (mut out, mut err) = (String::new(), String::new());
         let (stdout, stderr) = (&mut client.stdout, &mut client.stderr);
