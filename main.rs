@@ -788,7 +788,7 @@ mod oidc {
     use crate::http::{self, Answer};
     use crate::metrics::{self, Count, Entered};
     use crate::poll::{self, Event, lock};
-    use crate::text::quoted;
+    use crate::text::{quoted, without_escapes};
     use crate::web;
     use jwt_simple::JWTError;
     use jwt_simple::prelude::*;
@@ -930,14 +930,14 @@ mod oidc {
     }
 
     fn invalid_token(why: &str) -> Answer {
-        let line = format!("the token does not verify: {why}");
-        Answer::new(http::INVALID_TOKEN, &line)
+        // It may have words of the token in it.
+        let line = &format!("the token does not verify: {why}");
+        Answer::new(http::INVALID_TOKEN, &without_escapes(line))
     }
 
     /// The token may be good, and the keys to tell are missing.
     pub fn no_keys(cause: impl fmt::Display) -> Answer {
-        let line = "the issuer's keys are unavailable; try again later";
-        Answer::new(http::RETRY_LATER, line).because(cause)
+        Answer::new(http::RETRY_LATER, NO_KEYS).because(cause)
     }
 
     /// Why a token does not verify.
@@ -948,6 +948,7 @@ mod oidc {
     }
 
     const NO_EVENTS: &str = "eventfd(2) fails; does a seccomp profile forbid it";
+    const NO_KEYS: &str = "the issuer's keys are unavailable; try again later";
     const NO_KEY: &str = "no matching key in the issuer's key set";
 
     /// All issuers that are trusted.

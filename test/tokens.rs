@@ -702,6 +702,12 @@ fn tokens_that_do_not() {
             "and this relay wants one of {",
         ),
         (
+            "an audience with control characters",
+            with(json!({"aud": "some\u{7f}\u{9b}body"})),
+            401,
+            "somebody",
+        ),
+        (
             "other audiences",
             with(json!({"aud": ["somebody", "else"]})),
             401,
