@@ -1540,6 +1540,7 @@ mod session {
             // Once it runs, it is killed and reaped whatever fails.
             let process = Process {
                 child: command.spawn()?,
+                is_reaped: false,
                 stderr: Stderr {
                     pipe: Some(stderr),
                     ..Stderr::default()
@@ -1564,6 +1565,8 @@ mod session {
     /// A child process and its standard error. When dropped, it is killed and reaped.
     struct Process {
         child: Child,
+        /// Whether its number may belong to another by now.
+        is_reaped: bool,
         stderr: Stderr,
     }
 
@@ -1585,6 +1588,7 @@ mod session {
             // This must come before the child is reaped: after that, its number may belong to
             // another group.
             self.kill_group(Signal::KILL);
+            self.is_reaped = true;
             let (description, is_success) = match self.child.wait() {
                 Ok(status) => (format!("nix-daemon ended with {status}"), status.success()),
                 Err(e) => (format!("nix-daemon is lost: {e}"), false),
@@ -1605,7 +1609,7 @@ mod session {
 
     impl Drop for Process {
         fn drop(&mut self) {
-            if let Ok(None) = self.child.try_wait() {
+            if !self.is_reaped {
                 self.kill_group(Signal::KILL);
                 let _ = self.child.wait();
             }
@@ -2494,6 +2498,7 @@ mod http {
     const MAX_HEADERS: usize = 100;
     /// The part of X-Forwarded-For that is logged.
     const MAX_FORWARDED_BYTES: usize = 200;
+    const WANTED: &str = "send an OIDC token, as a Bearer token or as the password of Basic";
     /// How other protocols begin that a proxy may be configured for, and what to do then: the
     /// PROXY protocol, versions 1 and 2, and TLS, by a record that holds a handshake.
     const OTHER_PROTOCOLS: [(&[u8], &str); 3] = [
@@ -2754,8 +2759,7 @@ mod http {
                 let basic = headers.typed_get::<Authorization<Basic>>()?;
                 Some(basic.password().to_owned())
             });
-            let line = "send an OIDC token, as a Bearer token or as the password of Basic";
-            token.ok_or_else(|| Answer::new(NO_TOKEN, line))
+            token.ok_or_else(|| Answer::new(NO_TOKEN, WANTED))
         }
     }
 

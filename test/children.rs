@@ -4,6 +4,7 @@ use crate::support::*;
 use rustix::net::sockopt;
 use std::io::{ErrorKind, Write};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -324,6 +325,30 @@ fn a_grandchild_outlives_nobody() {
     client.close();
     eventually("it is gone", LIMIT, || !anyone_with(&mark));
     stage.nothing_is_left();
+}
+
+/// Nor by the daemon that the relay starts to see whether it can, and kills, even if that has ended by then: beside busy
+/// threads, it often has.
+#[test]
+fn what_the_start_leaves_behind() {
+    let mark = format!("MARK=start-{}", std::process::id());
+    let script = format!("{mark} sleep 1000 <&- >&- 2>&- & exit 0");
+    let issuer = Issuer::start();
+    let started = AtomicBool::new(false);
+    let busy = || {
+        while !started.load(Relaxed) {
+            std::hint::spin_loop()
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(busy);
+        }
+        let start = |_| drop(Setup::new(&issuer).daemon(&script).start());
+        (0..15).for_each(start);
+        started.store(true, Relaxed);
+    });
+    eventually("it is gone", LIMIT, || !anyone_with(&mark));
 }
 
 /// A process of another group is not ours to kill, but no reason to go on.
