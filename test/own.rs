@@ -351,8 +351,10 @@ fn builds_at_once() {
                   read line < /dev/null; done; echo > $out";
     for (branch, number) in (0..8).map(|n| (["main", "other"][n % 2], n / 2)) {
         let (job, drv) = (stores.job(branch), derivation(&number.to_string(), script));
+        // Before the build, for which its database may be busy.
+        let path = job.out_path(&drv);
         let nix = job.building(REMOTE, &drv, "").spawn().unwrap();
-        running.push((nix, job.out_path(&drv), branch, job));
+        running.push((nix, path, branch, job));
     }
     for (mut nix, path, branch, _job) in running {
         assert!(wait(&mut nix, LIMIT).success());
