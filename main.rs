@@ -252,7 +252,7 @@ const EXPECTED_FDS: &str =
 ///
 /// | state | type | limit in time | limit in number; beyond it |
 /// | --- | --- | --- | --- |
-/// | reading the head | `Lobby` | `handshake_timeout_secs` | `MAX_LOBBY` a port; the first goes |
+/// | reading the head | `Lobby` | `handshake_timeout_secs` | `MAX_LOBBY` a port; the oldest goes |
 /// | hearing a refusal | `Lobby` | `LINGER` | as above, among the same |
 /// | waiting for keys | `Guest` | `KEYS_TIMEOUT` | `MAX_WAITING` an issuer; 503 at once |
 /// | waiting for a permit | `Guest` | `queue_timeout_secs` | `MAX_QUEUE` a rule; 503 at once |
@@ -1013,7 +1013,7 @@ mod oidc {
             let unknown = "its issuer is not one that this relay trusts";
             let issuer = issuer.ok_or_else(|| invalid_token(unknown))?;
 
-            // Read before the keys: the keys of a fetch that ended in between would not be tried.
+            // Read before the keys: if a fetch ended in between, its keys would not be tried.
             let latest = lock(&issuer.cache).latest;
             match issuer.check(&token) {
                 Ok(()) => Ok(Verdict::Verified(Identity {
@@ -1250,8 +1250,9 @@ mod oidc {
 }
 
 /// Connects nix-daemon and a WebSocket until one of them ends. Owns the child. Promises that
-/// each session has exactly one reason to end, which the log has, and so has the Close, and
-/// that the child is reaped and its process group killed before its permit is given back.
+/// each session has exactly one reason to end, which the log says, and the Close if the client
+/// did not close before, and that the child is reaped and its process group killed before its
+/// permit is given back.
 mod session {
     use crate::config::{Config, secs};
     use crate::copy::{self, CLOSE_TIMEOUT, End, Keepalive, Link, Pipes, Reason};
@@ -1733,8 +1734,8 @@ mod copy {
     const LEVEL: i32 = 1;
     /// The peer's window is 1 MiB at most.
     const MAX_WINDOW_LOG2: u32 = 20;
-    /// How many bytes zstd wants next after a block, the next one's header (RFC 8878, section
-    /// 3.1.1.2), and after a frame.
+    /// How many bytes zstd wants next: after a block the header of another (RFC 8878, section
+    /// 3.1.1.2), and after a frame none.
     const AFTER_BLOCK: [usize; 2] = [3, 0];
     const ERR_OR_HUP: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
@@ -2191,7 +2192,7 @@ mod copy {
                 }
             }
 
-            // Not earlier: a child that ends with its input must not be taken for what ended all.
+            // Only now: a child that ends when its input does is not why the session ended.
             drop(sink);
         }
 
@@ -2374,8 +2375,8 @@ mod copy {
             let has_progressed = mem::take(&mut sending.has_progressed);
             let is_full = matches!(sent, Sent::Partly);
             let was_full = self.is_full.swap(is_full, Relaxed);
-            // To become full, to become free and to take some are each a sign of life, or the
-            // beginning of the time for one.
+            // A peer that begins to be slow has its time from now on. One that takes some, or all,
+            // is there.
             if was_full != is_full || was_full && has_progressed {
                 self.note_alive();
             }

@@ -1,10 +1,5 @@
 //! Fuzzes a configuration file.
 #![no_main]
-#![allow(
-    dead_code,
-    private_interfaces,
-    reason = "a target uses a part of main.rs"
-)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 

@@ -1,10 +1,5 @@
 //! Fuzzes compressed messages, each after a byte with its length, against zstd's own way to expand a whole stream.
 #![no_main]
-#![allow(
-    dead_code,
-    private_interfaces,
-    reason = "a target uses a part of main.rs"
-)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 

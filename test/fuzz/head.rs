@@ -1,10 +1,5 @@
 //! Fuzzes a request head, its Authorization, and the answer to its upgrade.
 #![no_main]
-#![allow(
-    dead_code,
-    private_interfaces,
-    reason = "a target uses a part of main.rs"
-)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 

@@ -1,10 +1,5 @@
 //! Fuzzes what an issuer publishes: a discovery document, an empty line, and a key set.
 #![no_main]
-#![allow(
-    dead_code,
-    private_interfaces,
-    reason = "a target uses a part of main.rs"
-)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 

@@ -1,11 +1,6 @@
 //! Fuzzes a client's frames into a session whose daemon is cat: a byte that says how many of the next come with the
 //! request head, and what the client sends.
 #![no_main]
-#![allow(
-    dead_code,
-    private_interfaces,
-    reason = "a target uses a part of main.rs"
-)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 

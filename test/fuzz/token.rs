@@ -1,11 +1,6 @@
 //! Fuzzes a token against a fixed key set: a text in which the parts of a good token may be named, or, if it has two
 //! lines, a header and claims, which are signed as a good token is.
 #![no_main]
-#![allow(
-    dead_code,
-    private_interfaces,
-    reason = "a target uses a part of main.rs"
-)]
 
 include!(concat!(env!("OUT_DIR"), "/main.rs"));
 
