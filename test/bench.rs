@@ -495,14 +495,6 @@ fn raw(issuer: &Issuer, options: &Options) {
     let gib = bytes as f64 / (1 << 30) as f64;
     let starts = subjects(issuer, options, "32");
     let mut table = Table::new(starts.iter().map(|(name, _)| name.clone()).collect());
-    let columns: Vec<[Subject; 2]> = starts
-        .iter()
-        .map(|(_, start)| [start(&bench_daemon()), start("exit 0")])
-        .collect();
-
-    for (column, [subject, _]) in columns.iter().enumerate() {
-        note_memory(&mut table, column, subject);
-    }
     type Load = fn(&Subject, usize, usize) -> Cost;
     let loads: [(&str, Load); 4] = [
         ("up", Subject::up),
@@ -511,6 +503,15 @@ fn raw(issuer: &Issuer, options: &Options) {
         ("both ways", Subject::echo),
     ];
     for run in 0..options.runs {
+        // Where the kernel puts a process can make it some percent slower for as long as it lives.
+        let columns: Vec<[Subject; 2]> = starts
+            .iter()
+            .map(|(_, start)| [start(&bench_daemon()), start("exit 0")])
+            .collect();
+
+        for (column, [subject, _]) in columns.iter().enumerate() {
+            note_memory(&mut table, column, subject);
+        }
         for (name, load) in loads {
             if options.load.as_ref().is_some_and(|wanted| wanted != name) {
                 continue;
