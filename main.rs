@@ -1714,9 +1714,10 @@ mod copy {
     /// Room for a frame's header before its payload: 14 bytes are the most (RFC 6455, section
     /// 5.2), and 16 leave the payload aligned.
     pub const HEADER_BYTES: usize = 16;
-    /// How much is read from the peer at a time. tungstenite clears this much memory before each
-    /// read.
-    const READ_BYTES: usize = 128 << 10;
+    /// How much is read from the peer at a time: two messages of the usual size, whole, so that
+    /// none has to be moved to make room for its rest. tungstenite clears this much memory before
+    /// each read.
+    const READ_BYTES: usize = 2 * (CHUNK_BYTES + HEADER_BYTES);
     /// A larger message from the peer ends the session.
     const MAX_MESSAGE_BYTES: usize = 4 << 20;
     /// RFC 6455, section 5.5: a control frame holds 125 bytes, and the code of a Close takes two
