@@ -955,25 +955,21 @@ mod oidc {
     pub struct Issuers(pub(crate) Vec<Arc<Issuer>>);
 
     impl Issuers {
-        /// The issuers of all rules. Fails with a message if a key file or the environment
-        /// cannot be used.
+        /// The issuers of all rules. Fails with a message if a key file cannot be used, and
+        /// without descriptors.
         pub fn new(config: &Config) -> Result<Issuers, String> {
             let mut audiences = BTreeMap::<&String, HashSet<String>>::new();
             for rule in &config.rules {
                 let audiences = audiences.entry(&rule.issuer).or_default();
                 audiences.insert(rule.audience.clone());
             }
-            let files = &config.auth.jwks_files;
-            if let Some(url) = files.keys().find(|url| !audiences.contains_key(url)) {
-                return Err(format!(
-                    "auth.jwks_files: no rule is for the issuer {url:?}"
-                ));
-            }
 
             let mut issuers = Vec::new();
             for (url, audiences) in audiences {
                 let ttl = secs(config.auth.jwks_cache_ttl_secs);
-                let source = files
+                let source = config
+                    .auth
+                    .jwks_files
                     .get(url)
                     .cloned()
                     .map_or(Source::Web(ttl), Source::File);
@@ -3122,7 +3118,8 @@ mod config {
     }
 
     impl Auth {
-        /// All rules, in the order in which they are tried. Fails if there are none.
+        /// All rules, in the order in which they are tried. Fails if there are none, or if keys
+        /// are given for an issuer that none is for.
         fn rules(&self, daemon: &Daemon) -> Result<Vec<Rule>, String> {
             let resolve = |rule: WrittenRule| Rule {
                 name: rule.name.0,
@@ -3150,6 +3147,12 @@ mod config {
             }
             if rules.is_empty() {
                 return Err(NOBODY.into());
+            }
+            let is_unused = |url: &&String| !rules.iter().any(|rule| rule.issuer == **url);
+            if let Some(url) = self.jwks_files.keys().find(is_unused) {
+                return Err(format!(
+                    "auth.jwks_files: no rule is for the issuer {url:?}"
+                ));
             }
             Ok(rules)
         }

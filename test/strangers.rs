@@ -42,7 +42,7 @@ fn forged(issuer: &Issuer, kid: &str) -> String {
 
 /// Exit status and standard error of a relay that does not start, after these shell commands.
 fn fails(commands: &str, variables: &[(&str, &str)]) -> (i32, String) {
-    let script = format!("{commands}; exec \"$0\"");
+    let script = format!("{commands}; exec \"$0\" \"$@\"");
     let mut command = relay_at("timeout");
     command.args(["10", "bash", "-c", &script]);
     command.arg(binary().get_program());
@@ -576,9 +576,11 @@ fn a_key_file_for_an_issuer_that_no_rule_names() {
     ] {
         let config = format!("[auth.jwks_files]\n'{issuer}' = '{}'\n", keys.display());
         let config = dir.write("config.toml", &config).display().to_string();
-        let (code, said) = fails(":", &[("NIX_RELAY_CONFIG", &config)]);
-        let names = said.contains("auth.jwks_files") && said.contains(&format!("{issuer:?}"));
-        assert!(code == 2 && names, "{issuer}: {code} {said}");
+        for commands in [":", "set -- --check"] {
+            let (code, said) = fails(commands, &[("NIX_RELAY_CONFIG", &config)]);
+            let names = said.contains("auth.jwks_files") && said.contains(&format!("{issuer:?}"));
+            assert!(code == 2 && names, "{issuer}: {code} {said}");
+        }
     }
 }
 
