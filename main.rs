@@ -726,7 +726,10 @@ mod policy {
                 nearest = wrong.len();
                 why = match claim(claims, name) {
                     Value::Null => format!("{name} is missing"),
-                    value => format!("{name} is {}", quoted(&text(value).unwrap_or_default())),
+                    value => {
+                        let value = text(value).unwrap_or(value.to_string());
+                        format!("{name} is {}", quoted(&value))
+                    }
                 };
             }
         }

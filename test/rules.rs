@@ -301,6 +301,14 @@ fn claims_inside_claims() {
         ("/kubernetes.io/serviceaccount/name", "is missing"),
         ("/kubernetes.io/serviceaccount/uid/x", "is missing"),
         ("/https:~1~1sts.amazonaws.com~1/ids/2", "is missing"),
+        (
+            "/https:~1~1sts.amazonaws.com~1/ids",
+            r#"is "[\"one\",\"two\"]""#,
+        ),
+        (
+            "kubernetes.io",
+            r#"is "{\"a/b\":{\"~\":true},\"serviceaccount\":{\"uid\":\"1234\"}}""#,
+        ),
         ("kubernetes.io/serviceaccount/uid", "is missing"),
         ("/nothing", "is missing"),
         ("/~1own", "is \"mine\""),
