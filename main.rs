@@ -1421,10 +1421,12 @@ mod session {
                     code => code,
                 };
                 self.link.close(code, &own.detail, TAIL_TIMEOUT);
-            } else if let Some(end) = self.link.end.get()
-                && end.reason != Reason::Gone
-            {
-                self.link.close(end.code, &end.detail, CLOSE_TIMEOUT);
+            } else {
+                // Whoever has set `over` is about to set this.
+                let end = self.link.end.wait();
+                if end.reason != Reason::Gone {
+                    self.link.close(end.code, &end.detail, CLOSE_TIMEOUT);
+                }
             }
             exit
         }
