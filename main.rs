@@ -1902,9 +1902,11 @@ mod copy {
         /// Whether the socket has accepted some of it since the last step.
         has_progressed: bool,
         /// A control frame to be sent after that one. Of several that wait only the last is sent:
-        /// of several pings, only the last need be answered (RFC 6455, section 5.5.3). But a Close
-        /// stays, and a ping of ours replaces nothing.
+        /// of several pings, only the last need be answered (RFC 6455, section 5.5.3). But a ping
+        /// of ours replaces nothing.
         control: Option<(Control, Bytes)>,
+        /// Whether it is a Close, or one was sent. Nothing follows that (RFC 6455, section 5.5.1).
+        closed: bool,
         /// Makes data a zstd stream (RFC 8878), if that was asked for.
         encoder: Option<Encoder<'static, Vec<u8>>>,
     }
@@ -2061,6 +2063,7 @@ mod copy {
                 unsent: 0..0,
                 has_progressed: false,
                 control: None,
+                closed: false,
                 encoder: compressed
                     .then(|| Encoder::new(Vec::new(), LEVEL))
                     .transpose()?,
@@ -2317,6 +2320,9 @@ mod copy {
                 let mut read = None;
                 let sent = self.attempt(|sending| {
                     sending.flush()?;
+                    if sending.closed {
+                        return Ok(());
+                    }
                     let length = rustix::io::read(source, spare_capacity(sending.room()));
                     read = Some(length);
                     if let Ok(1..) = length {
@@ -2354,7 +2360,6 @@ mod copy {
 
         /// A client's Close asks for the end. A relay's says how the child ended, and comes later.
         fn end_source(&self) {
-            // Before the Close, so that no ping is made after it.
             self.all_sent.store(true, Relaxed);
             if self.role == Role::Client {
                 self.send_close(Some(CloseCode::Normal), "", || self.over.is_set());
@@ -2385,12 +2390,13 @@ mod copy {
             sent
         }
 
-        /// Sends a control frame, after what is half sent.
+        /// Sends a control frame after what is half sent, unless a Close came before it.
         fn control(&self, control: Control, payload: Bytes) -> Sent {
             self.attempt(|sending| {
-                match (&sending.control, control) {
-                    (Some((Control::Close, _)), _) | (Some(_), Control::Ping) => {}
-                    _ => sending.control = Some((control, payload)),
+                let is_needless = control == Control::Ping && sending.control.is_some();
+                if !sending.closed && !is_needless {
+                    sending.closed = control == Control::Close;
+                    sending.control = Some((control, payload));
                 }
                 sending.flush()
             })
@@ -2463,10 +2469,7 @@ mod copy {
 
             if now >= self.next_ping {
                 self.next_ping = now + interval;
-                // Nothing may come after a Close.
-                if link.end.get().is_none() && !link.all_sent.load(Relaxed) {
-                    link.control(Control::Ping, Bytes::new());
-                }
+                link.control(Control::Ping, Bytes::new());
             }
 
             let limit = *lock(&link.last_alive) + interval * KEEPALIVES;

@@ -6,6 +6,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::thread;
 use std::time::Duration;
+use tungstenite::error::ProtocolError;
 use tungstenite::protocol::{Role, WebSocket, WebSocketConfig};
 use tungstenite::{Error, Message};
 
@@ -413,7 +414,7 @@ fn a_client_that_resets_after_its_close() {
     relay.back_to(before);
 }
 
-/// Pongs that wait for room do not take the place of a Close that waits for room. A kernel with so small a buffer may drop
+/// Pongs that wait for room do not take the place of a Close that waits for room, and none follows it. A kernel with so small a buffer may drop
 /// what acknowledges the pings, and then nothing moves for a minute: such a session says nothing of this.
 #[test]
 fn a_close_amid_a_flood_of_pings() {
@@ -432,7 +433,15 @@ fn a_close_amid_a_flood_of_pings() {
         thread::spawn(move || while socket.write_all(&pings).is_ok() {});
         loop {
             match client.0.read() {
-                Ok(Message::Close(frame)) => codes.push(frame.map(|frame| frame.code.into())),
+                Ok(Message::Close(frame)) => {
+                    codes.push(frame.map(|frame| frame.code.into()));
+                    let next = client.0.read().unwrap_err();
+                    let more = ProtocolError::ReceivedAfterClosing;
+                    assert!(
+                        !matches!(next, Error::Protocol(e) if e == more),
+                        "a frame follows"
+                    );
+                }
                 Ok(_) => continue,
                 Err(Error::Io(e)) if e.kind() == ErrorKind::WouldBlock => {}
                 Err(e) => panic!("no Close, but {e}"),
