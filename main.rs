@@ -1366,7 +1366,7 @@ mod session {
         };
 
         // Whoever has the 101 is counted.
-        let active = metrics::SESSIONS_ACTIVE.count().enter(u64::MAX);
+        let _active = metrics::SESSIONS_ACTIVE.count().enter(u64::MAX);
         let mut exit = None;
         let receiving = link.receiving(opening.rest);
         link.run(&opening.upgrade, receiving, pipes, || {
@@ -1378,7 +1378,6 @@ mod session {
         let exit = exit.unwrap_or_else(|| session.terminate());
 
         session.report(&end, &exit);
-        drop(active);
         Ok(())
     }
 
@@ -1452,7 +1451,8 @@ mod session {
                 self.process.stderr.log(self.number);
             }
             if !exited.is_empty() && self.exited.take().is_some() {
-                // Processes that it started and left behind could write for ever.
+                // Processes that it started and left behind could write for ever. It is not reaped
+                // yet: after that, its number may belong to another group.
                 self.process.kill_group(Signal::KILL);
             }
             if step.is_none() && !closing.is_empty() {
@@ -1490,8 +1490,11 @@ mod session {
                 if self.exited.is_none() {
                     break;
                 }
-                let (number, name) = (self.number, signal.as_raw());
-                warn!("nix-daemon outlives its session session={number} signal={name}");
+                warn!(
+                    "nix-daemon outlives its session session={} signal={}",
+                    self.number,
+                    signal.as_raw()
+                );
                 self.process.kill_group(signal);
             }
             self.process.reap(self.number)
@@ -1584,12 +1587,9 @@ mod session {
             let _ = kill_process_group(Pid::from_child(&self.child), signal);
         }
 
-        /// For a child that has exited.
+        /// For a child that has exited, and whose group was killed.
         fn reap(&mut self, number: u64) -> Exit {
             self.stderr.end(number);
-            // This must come before the child is reaped: after that, its number may belong to
-            // another group.
-            self.kill_group(Signal::KILL);
             self.is_reaped = true;
             let (description, is_success) = match self.child.wait() {
                 Ok(status) => (format!("nix-daemon ended with {status}"), status.success()),
