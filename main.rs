@@ -3460,6 +3460,7 @@ mod web {
             .tls_config(TlsConfig::builder().root_certs(roots).build())
             .timeout_resolve(Some(LOOKUP_TIMEOUT))
             .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_send_request(Some(STEP_TIMEOUT))
             .timeout_recv_response(Some(STEP_TIMEOUT))
             .timeout_recv_body(Some(STEP_TIMEOUT))
             .max_redirects(0)
