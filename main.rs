@@ -139,7 +139,7 @@ fn start_log() {
     logger.init();
 }
 
-/// Says what will harm sessions, or is more than they need.
+/// Warns of what will harm sessions, and of rights that they do not need.
 fn warn_of_surroundings(config: &Config) {
     if getpid().is_init() {
         warn!("running as PID 1, which does not reap orphans: start the container with --init");
@@ -153,7 +153,7 @@ fn warn_of_surroundings(config: &Config) {
     // Dropped, and so killed, at once.
     if let Err(answer) = Daemon::spawn(config, &config.daemon.extra_args) {
         warn!(
-            "each session will be answered {}{}",
+            "if it stays so, each session will be answered {}{}",
             answer.status.0, answer.cause
         );
     }
@@ -257,6 +257,7 @@ const EXPECTED_FDS: &str =
 /// | waiting for keys | `Guest` | `KEYS_TIMEOUT` | `MAX_WAITING` an issuer; 503 at once |
 /// | waiting for a permit | `Guest` | `queue_timeout_secs` | `MAX_QUEUE` a rule; 503 at once |
 /// | session | `Guest`, `Permit` | `timeout_secs` | `max_connections`; waits, as above |
+/// | end of a session | `Guest`, `Permit` | `TERMINATION_TIME`, `TAIL_TIMEOUT` | as above |
 mod connection {
     use crate::config::{Config, Rule, secs};
     use crate::http::{self, Answer, Head, Status};
@@ -289,7 +290,7 @@ mod connection {
     const LINGER: Duration = Duration::from_secs(1);
     /// How long to wait before trying again when descriptors or threads have run out.
     const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
-    /// How often to look for a seat in a full lobby. Somebody who must go does so at once.
+    /// How often to look for a seat in a full lobby. Somebody who must go mostly does so at once.
     const LOBBY_CHECK: Duration = Duration::from_millis(2);
     /// How often to look whether the guests have left, while we drain.
     const GUESTS_CHECK: Duration = Duration::from_millis(20);
@@ -486,7 +487,7 @@ mod connection {
     }
 
     impl Seat {
-        /// Returns false if somebody else has called this before.
+        /// Returns false if we do not wait for the client now.
         fn stop_waiting(&self) -> bool {
             self.is_waited_for.swap(false, Relaxed)
         }
@@ -568,7 +569,8 @@ mod connection {
             })
         }
 
-        /// The picture at the top of this file. Returns when the session is over.
+        /// Takes the client through the steps of the picture at the top of this file. Returns when
+        /// the session is over.
         fn open_session(&mut self, head: Head) -> Result<(), Answer> {
             let relay = self.relay.clone();
             let upgrade = head.upgrade_response()?;
@@ -654,8 +656,9 @@ mod connection {
             Ok(())
         }
 
-        /// Sends an answer, and waits in the lobby until the client has read it. A guest sends
-        /// nothing before its answer, so that nothing unread can cause a reset.
+        /// Sends an answer, and waits in the lobby until the client has read it. We do not wait for
+        /// a guest: a client should send nothing before its answer, and then nothing unread causes
+        /// a reset.
         fn answer(&mut self, answer: &Answer, with_body: bool) {
             if answer.status.0 >= 400 {
                 log_refusal(&self.peer, answer);
@@ -913,8 +916,9 @@ mod oidc {
     #[derive(Deserialize)]
     struct Members(#[serde(with = "tuple_vec_map")] Vec<(String, Value)>);
 
-    /// The JSON object in one part of a token. One that has a name twice is refused, since
-    /// other programs may read the first where we read the last (RFC 7519, section 4).
+    /// The JSON object in one part of a token. One that has a name twice, at its top
+    /// level, is refused: other programs may read the first where we read the last (RFC 7519,
+    /// section 4).
     fn object(part: &str) -> Option<Value> {
         let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
         let Members(members) = serde_json::from_slice(&json).ok()?;
@@ -1012,7 +1016,7 @@ mod oidc {
             let unknown = "its issuer is not one that this relay trusts";
             let issuer = issuer.ok_or_else(|| invalid_token(unknown))?;
 
-            // Read before the keys: if a fetch ended in between, its keys would not be tried.
+            // Read before the keys: otherwise a fetch that ends in between would count as tried.
             let latest = lock(&issuer.cache).latest;
             match issuer.check(&token) {
                 Ok(()) => Ok(Verdict::Verified(Identity {
@@ -1055,7 +1059,7 @@ mod oidc {
         keys: Option<(Instant, Arc<Vec<Key>>)>,
         /// The latest fetch that has ended.
         latest: Option<Fetch>,
-        /// Set at the end of the next fetch. None if no token waits for one.
+        /// Set when the next fetch ends, or the one that runs. None if no token waits for that.
         next: Option<Arc<Event>>,
         /// When a token last asked for a fetch.
         asked: Option<Instant>,
@@ -1089,7 +1093,7 @@ mod oidc {
                     Some(e @ JWTError::InvalidSignature) => {
                         rejection = Rejection::WithTheseKeys(e.to_string())
                     }
-                    // The signature is good, so a job may be told what it can change.
+                    // Other keys would not help, so a job may be told what it can change.
                     e => {
                         let claims = &token.claims;
                         let why = match e {
@@ -1430,8 +1434,8 @@ mod session {
             exit
         }
 
-        /// Waits for something to happen, and sees to it. Waits for the child alone if a step of
-        /// its termination says until when.
+        /// Waits for something to happen, and sees to it. During a step of the child's termination,
+        /// which says until when, neither a shutdown nor the deadline matters.
         fn wait(&mut self, step: Option<Instant>) {
             let until = step.unwrap_or_else(|| {
                 let check = self.keepalive.check(self.link);
@@ -1724,13 +1728,13 @@ mod copy {
     /// RFC 6455, section 5.5: a control frame holds 125 bytes, and the code of a Close takes two
     /// of them.
     const MAX_REASON_BYTES: usize = 123;
-    /// A peer that does not respond for so many keepalive intervals is gone.
+    /// A peer that does not respond for this many keepalive intervals is gone.
     const KEEPALIVES: u32 = 3;
     /// How long the peer may take to receive a Close if nothing else is on its way, and then to
     /// end its side of the connection.
     pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
     /// poll(2) reports a socket as writable when a third of its buffer is free. A slow peer may
-    /// take very long to free that much, so we try without it.
+    /// take very long to free that much, so we also try this often.
     const CHECK: Duration = Duration::from_secs(1);
     /// Of zstd's levels, the one that keeps up with 1 Gbit/s. Its window is 512 KiB.
     const LEVEL: i32 = 1;
@@ -1884,7 +1888,7 @@ mod copy {
         }
     }
 
-    /// For a half that reads so many bytes at a time.
+    /// For a half that reads this many bytes at a time.
     pub fn limits(read_bytes: usize) -> WebSocketConfig {
         WebSocketConfig::default()
             .read_buffer_size(read_bytes)
@@ -2201,7 +2205,7 @@ mod copy {
             drop(sink);
         }
 
-        /// What the child of a relay still says is sent to a client that has closed.
+        /// Records the peer's Close. A relay goes on sending: its child may have more to say.
         fn note_close(&self, frame: Option<CloseFrame>) {
             if self.role == Role::Client {
                 self.over.set();
@@ -2408,7 +2412,7 @@ mod copy {
         pub fn close(&self, code: Option<CloseCode>, reason: &str, limit: Duration) {
             let until = Instant::now() + limit;
             self.send_close(code, reason, || Instant::now() >= until);
-            // A buffer of the smallest size has room when the peer has received what it held.
+            // The smallest buffer has room only when the peer has received all that it held.
             let _ = sockopt::set_socket_send_buffer_size(&self.socket, 0);
             let room = PollFd::new(&self.socket, PollFlags::OUT);
             while poll::ready([room.clone()], Some(until)) == [PollFlags::empty()]
@@ -2714,7 +2718,7 @@ mod http {
                 return Ok(self.switching_protocols(key));
             };
             let line =
-                format!("expected a WebSocket upgrade, but {wrong}; does a proxy remove it?");
+                format!("expected a WebSocket upgrade, but {wrong}; does a proxy change it?");
             Err(Answer::new(UPGRADE_REQUIRED, &line))
         }
 
@@ -3042,7 +3046,8 @@ mod config {
     }
 
     /// Compiles patterns: `**` matches any characters, `*` any characters but `/`, and everything
-    /// else only itself. The library takes none that is longer than any token; those are left out.
+    /// else only itself. One that is too long for the library would match no token, and is left
+    /// out.
     fn compile(claims: BoundClaims, flags: &str) -> Patterns {
         let regex = |pattern: &Json| {
             let text = pattern.as_str().map_or(pattern.to_string(), String::from);
@@ -3361,8 +3366,8 @@ mod web {
             || address.is_ok_and(|address| address.is_loopback())
     }
 
-    /// The first of these variables that is set and not empty, and its value. In that, what is not
-    /// UTF-8 becomes U+FFFD.
+    /// The first of these variables that is set and not empty, and its value. Bytes that are not
+    /// UTF-8 become U+FFFD.
     pub fn first_set(names: &[&'static str]) -> Option<(&'static str, String)> {
         let value = |name| {
             let value = env::var_os(name)?.to_string_lossy().into_owned();
@@ -3375,7 +3380,8 @@ mod web {
     /// NIX_SSL_CERT_FILE. A file that is not there counts as empty: Nix's shells name one. Fails
     /// with a message if the file cannot be used.
     pub fn authorities() -> Result<Vec<Certificate<'static>>, String> {
-        // One of them, TUBITAK's, is not held to names below .tr here, as little as by OpenSSL.
+        // One of them, TUBITAK's, may sign any name here, not only those below .tr. OpenSSL does
+        // the same.
         let mozilla = webpki_root_certs::TLS_SERVER_ROOT_CERTS.iter();
         let mut all: Vec<_> = mozilla.map(|root| Certificate::from_der(root)).collect();
         let is_there = |path: &str| Path::new(path).try_exists().unwrap_or(true);
