@@ -1053,6 +1053,8 @@ mod oidc {
     /// When a fetch began, and whether it worked.
     type Fetch = (Instant, bool);
 
+    /// What is known of an issuer's keys. A token whose key is missing asks for a fetch, and waits
+    /// for one that began after it came: an earlier one may have missed its key.
     #[derive(Default)]
     struct Cache {
         /// The keys, and when the fetch began that brought them.
@@ -1399,9 +1401,13 @@ mod session {
     }
 
     impl Session<'_> {
-        /// Returns when the session is over, and the client has got a Close, if it is there. If
-        /// the session was not broken off (`over`), the child has been reaped by then, and the
-        /// client has got all of its output.
+        /// Returns when the session is over, for one of three reasons:
+        /// - The client has closed (`end`). Then the child's input ends, and what it still has to
+        ///   say is sent.
+        /// - The child's output has ended (`all_sent`), as it also does in the end after that. Then
+        ///   the child is reaped, and the Close says how it ended.
+        /// - The session was broken off (`over`). Then the Close says why, if the client is there,
+        ///   and the child is the caller's to end.
         fn supervise(&mut self) -> Option<Exit> {
             while self.link.end.get().is_none() && !self.link.all_sent.load(Relaxed) {
                 self.wait(None);
@@ -3240,7 +3246,9 @@ mod metrics {
         }
     }
 
-    /// Defines the metrics, and the table of all. Only the first of a family has a head.
+    /// Defines the metrics, and the table of all. A row is the family's name, type and help, which
+    /// only the first of a family has; then the start of each series' name, the values of its
+    /// label, and the rest of the name: `nix_relay_bytes_total{direction="` `in` `"}`.
     macro_rules! table {
         ($($id:ident: $($family:literal $kind:literal $help:literal)?,
             $name:literal [$($value:expr),*] $end:literal $($unit:literal)?;)*) => {
