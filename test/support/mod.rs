@@ -458,14 +458,25 @@ impl Client {
         self.0.send(Message::Binary(bytes.into().into())).unwrap();
     }
 
+    /// The next message that is no ping or pong: of those, more may come for as long as the session lasts.
+    fn next(&mut self) -> Message {
+        let until = Instant::now() + LIMIT;
+        loop {
+            let message = self.0.read();
+            match message.unwrap_or_else(|e| panic!("no message, but {e}")) {
+                Message::Ping(_) | Message::Pong(_) => {
+                    assert!(Instant::now() < until, "nothing else comes")
+                }
+                other => return other,
+            }
+        }
+    }
+
     /// The payload of the next data, whatever pings come before.
     pub fn receive(&mut self) -> Vec<u8> {
-        loop {
-            match self.0.read().unwrap() {
-                Message::Binary(bytes) => return bytes.to_vec(),
-                Message::Ping(_) | Message::Pong(_) => {}
-                other => panic!("not data: {other:?}"),
-            }
+        match self.next() {
+            Message::Binary(bytes) => bytes.to_vec(),
+            other => panic!("not data: {other:?}"),
         }
     }
 
@@ -482,11 +493,7 @@ impl Client {
     pub fn until_close(&mut self) -> (Vec<u8>, u16, String) {
         let mut data = Vec::new();
         loop {
-            match self
-                .0
-                .read()
-                .unwrap_or_else(|e| panic!("no Close, but {e}"))
-            {
+            match self.next() {
                 Message::Binary(bytes) => data.extend_from_slice(&bytes),
                 Message::Close(frame) => {
                     let (code, reason) = frame.map_or((1005, String::new()), |f| {
