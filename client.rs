@@ -132,7 +132,7 @@ fn say(text: &str) {
 
 /// Returns how the session ended, and whether all of standard input was sent by then.
 fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
-    let mut keepalive = Keepalive::new(&session.socket, keepalive)?;
+    let mut keepalive = Keepalive::new(keepalive);
     let link = Link::new(
         &session.socket,
         session.stream,

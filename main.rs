@@ -1260,13 +1260,14 @@ mod oidc {
 /// permit is given back.
 mod session {
     use crate::config::{Config, secs};
-    use crate::copy::{self, CLOSE_TIMEOUT, End, Keepalive, Link, Pipes, Reason};
+    use crate::copy::{self, CLOSE_TIMEOUT, End, KEEPALIVES, Keepalive, Link, Pipes, Reason};
     use crate::http::{self, Answer};
     use crate::metrics;
     use crate::poll::{self, Event};
     use crate::text::{quoted, without_escapes};
     use log::{info, warn};
     use rustix::io::{Errno, ioctl_fionbio};
+    use rustix::net::sockopt;
     use rustix::pipe::fcntl_setpipe_size;
     use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
     use std::io::{self, PipeReader, PipeWriter, Read};
@@ -1354,12 +1355,17 @@ mod session {
     ) -> io::Result<()> {
         let start = Instant::now();
         let number = opening.number;
+        let keepalive_secs = config.server.keepalive_secs;
+        // For a client that vanishes while we do not read from it. 0 stands for the default, and
+        // what is too long for the kernel leaves it.
+        let silence = keepalive_secs.saturating_mul(KEEPALIVES * 1000);
+        let _ = sockopt::set_tcp_user_timeout(socket, silence);
         let link = Link::new(socket, socket.clone(), Role::Server, opening.compressed)?;
         let mut session = Session {
             number,
             start,
             link: &link,
-            keepalive: Keepalive::new(socket, config.server.keepalive_secs)?,
+            keepalive: Keepalive::new(keepalive_secs),
             deadline: start + secs(config.daemon.timeout_secs),
             closing,
             exited: Some(&daemon.exited),
@@ -1735,7 +1741,7 @@ mod copy {
     /// of them.
     const MAX_REASON_BYTES: usize = 123;
     /// A peer that does not respond for this many keepalive intervals is gone.
-    const KEEPALIVES: u32 = 3;
+    pub const KEEPALIVES: u32 = 3;
     /// How long the peer may take to receive a Close if nothing else is on its way, and then to
     /// end its side of the connection.
     pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -2179,8 +2185,9 @@ mod copy {
                 if wait {
                     self.await_message(&mut owes_pong);
                 }
-                // A peer that sends, but accepts nothing, is not there.
-                if !self.is_full.load(Relaxed) {
+                // A client that sends, but accepts nothing, is not there. A relay is, but its child may
+                // read nothing for long.
+                if self.role == Role::Client || !self.is_full.load(Relaxed) {
                     self.note_alive();
                 }
                 let message = peer.read();
@@ -2460,15 +2467,12 @@ mod copy {
 
     impl Keepalive {
         /// Pings every `secs` seconds. 0 disables pings, and the limit on silence with them.
-        pub fn new(socket: &TcpStream, secs: u32) -> io::Result<Keepalive> {
+        pub fn new(secs: u32) -> Keepalive {
             let interval = (secs > 0).then(|| Duration::from_secs(secs.into()));
-            // For a peer that vanishes while we do not read from it. 0 stands for the default.
-            let limit = secs.saturating_mul(KEEPALIVES * 1000).min(i32::MAX as u32);
-            sockopt::set_tcp_user_timeout(socket, limit)?;
-            Ok(Keepalive {
+            Keepalive {
                 interval,
                 next_ping: Instant::now() + interval.unwrap_or_default(),
-            })
+            }
         }
 
         /// Sends a ping if it is time, and ends the session if the peer is gone. Returns when to

@@ -67,6 +67,26 @@ fn who(relay: &Relay, number: usize, command: &mut Command) -> String {
     sub.split('"').next().unwrap().to_owned()
 }
 
+/// As one does that waits for what another session holds.
+#[test]
+fn a_daemon_that_reads_nothing_for_long() {
+    let (issuer, home) = (Issuer::start(), Dir::new());
+    let setup = Setup::new(&issuer).set("KEEPALIVE_SECS", "1");
+    let relay = setup.daemon("sleep 6; exec wc -c").start();
+    for mut command in clients(&home, &url(&relay)) {
+        command.env("NIX_RELAY_KEEPALIVE_SECS", "1");
+        command.env(TOKEN, issuer.token()).stdin(Stdio::piped());
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        thread::spawn(move || stdin.write_all(&vec![0; 32 << 20]));
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(
+            (texts(&output).0, output.status.code()),
+            ("33554432\n".into(), Some(0))
+        );
+    }
+}
+
 /// Each request gets this answer.
 fn answering(answer: &'static str) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
