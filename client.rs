@@ -162,7 +162,7 @@ fn copy(session: Session, keepalive: u32) -> io::Result<(End, bool)> {
             poll::ready([link.news.poll_fd()], until);
             link.news.reset();
         }
-        // A Close of ours comes after all that is sent.
+        // If all was sent, a Close of ours has followed it.
         if let Some(end) = link.end.get()
             && end.reason != Reason::Gone
             && !link.all_sent.load(Relaxed)
@@ -706,6 +706,8 @@ impl Stream for Tls {
         loop {
             match tls.reader().read(buffer) {
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                // The same as without TLS: an end of the connection without a Close.
+                Err(e) if e.kind() == ErrorKind::UnexpectedEof => return Ok(0),
                 done => return done,
             }
             tls.read_tls(&mut &*self.socket)?;

@@ -2354,7 +2354,13 @@ mod copy {
                     metrics::BYTES.add("out", length as u64);
                 }
                 match (sent, read) {
-                    (Sent::Broken, _) => return self.finish(BROKEN),
+                    (Sent::Broken, _) => {
+                        // What came before that may say why. The other half reads it.
+                        poll::ready([self.over.poll_fd()], Some(Instant::now() + CLOSE_TIMEOUT));
+                        if !self.over.is_set() {
+                            self.finish(BROKEN);
+                        }
+                    }
                     (Sent::Partly, _) => {
                         let room = PollFd::new(&self.socket, PollFlags::OUT);
                         self.wait(room, Some(Instant::now() + CHECK));

@@ -819,7 +819,7 @@ fn how_a_session_ends() {
     );
 
     let mut relay = Relay::start(&issuer);
-    let proxy = Proxy::start(&relay);
+    let proxy = Proxy::start(relay.address);
     let through = |address: SocketAddr| {
         let mut command = client(format!("ws://{address}"));
         let mut session = Session::start(command.env("NIX_RELAY_TOKEN", issuer.token()));
@@ -840,6 +840,50 @@ fn how_a_session_ends() {
         session.failure(),
         format!("the session broke off: the connection was closed without a Close{restarted}")
     );
+}
+
+#[test]
+fn tls_that_ends_without_a_word() {
+    let issuer = Issuer::start();
+    let relay = Relay::start(&issuer);
+    let nginx = Running::start_with(&NGINX, &[relay.address], |text| text);
+    let [(_, url), (_, authority), ..] = &nginx.variables()[..] else {
+        panic!("not a URL and a file");
+    };
+    let port = url.rsplit(':').next().unwrap().parse().unwrap();
+    let proxy = Proxy::start(SocketAddr::new([127, 0, 0, 1].into(), port));
+    let mut command = client(format!("wss://localhost:{}", proxy.address.port()));
+    command.env("SSL_CERT_FILE", authority);
+    let mut session = Session::start(command.env("NIX_RELAY_TOKEN", issuer.token()));
+    assert_eq!(session.echo("x"), "x");
+    proxy.end();
+    assert_eq!(
+        session.failure(),
+        "the session broke off: the connection was closed without a Close; was the relay or a proxy restarted?"
+    );
+}
+
+/// What was sent before a reset counts, even if sending is what fails first.
+#[test]
+fn last_words_before_a_reset() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("ws://{}", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let mut socket = tungstenite::accept(stream).unwrap();
+            socket.read().unwrap();
+            let close = [&[0x88, 5, 0x03, 0xF3][..], b"why"].concat();
+            socket.get_mut().write_all(&close).unwrap();
+            // What it has not read makes that a reset.
+        }
+    });
+    for _ in 0..40 {
+        let mut command = client(&url);
+        command.env("NIX_RELAY_TOKEN", "junk");
+        let command = command.stdin(fs::File::open("/dev/zero").unwrap());
+        let session = Session::start(command);
+        assert_eq!(session.failure(), "the relay ended the session: 1011: why");
+    }
 }
 
 /// Its reader goes, which is as good as an end of its input.

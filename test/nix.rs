@@ -151,7 +151,7 @@ fn four_builds_at_once_over_several_connections_each(client: PathBuf) {
 /// Breaks a build off in the middle, after which nothing of it may be left.
 fn a_build_ends_when(client: PathBuf, break_off: impl FnOnce(&mut std::process::Child, &Proxy)) {
     let farm = Farm::start_with(|setup| setup.set("MAX_CONNECTIONS", "2"));
-    let proxy = Proxy::start(&farm.relay);
+    let proxy = Proxy::start(farm.relay.address);
     let runner = farm.runner_for(proxy.address).with(client);
     let mark = format!("mark-of-{}", proxy.address.port());
     let file = runner.derivation(&mark, "echo started; /bin/sleep 600; echo not reached");

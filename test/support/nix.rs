@@ -256,9 +256,9 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    pub fn start(relay: &Relay) -> Proxy {
+    pub fn start(target: SocketAddr) -> Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (address, target) = (listener.local_addr().unwrap(), relay.address);
+        let address = listener.local_addr().unwrap();
         let sockets = Arc::new(Mutex::new(Vec::new()));
         let kept = sockets.clone();
         thread::spawn(move || {
@@ -282,6 +282,12 @@ impl Proxy {
     pub fn reset(&self) {
         for socket in self.sockets.lock().unwrap().iter() {
             connect_unspec(socket).unwrap();
+        }
+    }
+
+    pub fn end(&self) {
+        for socket in self.sockets.lock().unwrap().iter() {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
         }
     }
 }
