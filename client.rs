@@ -264,7 +264,7 @@ impl From<io::Error> for Failure {
                 let secs = STEP_TIMEOUT.as_secs();
                 format!("no connection within {secs} s; is a firewall in the way?")
             }
-            // What a limit on reading ends with.
+            // Nothing to read within the limit.
             ErrorKind::WouldBlock => {
                 let secs = ANSWER_TIMEOUT.as_secs();
                 format!("no answer within {secs} s; is that the right port?")
@@ -374,7 +374,7 @@ fn token() -> Result<String, Failure> {
     };
 
     let token = token.trim_end_matches(['\r', '\n']);
-    // Others could end the line of the header that it becomes, and begin another.
+    // Other characters could end the line of the header that it becomes, and begin another.
     let belongs = |c: char| c.is_ascii_alphanumeric() || "._~+/=-".contains(c);
     if !token.is_empty() && token.chars().all(belongs) {
         return Ok(token.to_owned());
@@ -651,16 +651,19 @@ impl Target {
         // It should accept a frame whole.
         connection.set_buffer_limit(Some(copy::HEADER_BYTES + copy::CHUNK_BYTES));
 
-        // A slow answer is no reason to wait for a slow handshake.
+        // The answer may take longer than this.
         socket.set_read_timeout(Some(STEP_TIMEOUT))?;
         let secs = STEP_TIMEOUT.as_secs();
         let silent = format!("no TLS handshake within {secs} s; does that port speak TLS?");
-        connection
-            .complete_io(&mut &**socket)
-            .map_err(|e| match e.kind() {
-                ErrorKind::WouldBlock => Failure::passing(silent),
-                _ => e.into(),
-            })?;
+        // It also returns when the server has begun, and then is silent.
+        while connection.is_handshaking() {
+            connection
+                .complete_io(&mut &**socket)
+                .map_err(|e| match e.kind() {
+                    ErrorKind::WouldBlock => Failure::passing(&*silent),
+                    _ => e.into(),
+                })?;
+        }
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         Ok(Tls {
             socket: socket.clone(),

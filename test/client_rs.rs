@@ -329,6 +329,11 @@ fn each_wait_has_a_limit() {
     let dir = certificates();
     let hole = black_hole(SocketAddrV4::new([127, 0, 0, 1].into(), 0));
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let halting = TcpListener::bind("127.0.0.1:0").unwrap();
+    let halting_address = halting.local_addr().unwrap();
+    // The begin of a record of TLS.
+    let begin = |mut stream: TcpStream| stream.write_all(b"\x16\x03\x03\x00\x7a").map(|()| stream);
+    thread::spawn(move || halting.incoming().flatten().map(begin).collect::<Vec<_>>());
     let (_tls, tls_address) = serve_tls(&dir, "good", &[]);
     let (hole, silent) = (hole.0.local_addr().unwrap(), silent.local_addr().unwrap());
     let cases = [
@@ -338,6 +343,10 @@ fn each_wait_has_a_limit() {
         ),
         (
             format!("wss://{silent}"),
+            "no TLS handshake within 10 s; does that port speak TLS?",
+        ),
+        (
+            format!("wss://{halting_address}"),
             "no TLS handshake within 10 s; does that port speak TLS?",
         ),
         (
