@@ -13,7 +13,7 @@ use crate::web::{self, AGENT, LOOKUP_TIMEOUT, STEP_TIMEOUT, is_loopback, proxy_f
 use jwt_simple::{prelude::Base64, reexports::ct_codecs::Encoder};
 use rustix::io::ioctl_fionbio;
 use rustix::pipe::fcntl_setpipe_size;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, getppid, kill_process_group};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{CertificateError, ClientConfig, ClientConnection, RootCertStore};
 use std::fs::File;
@@ -304,6 +304,7 @@ fn may_pass(status: u16) -> bool {
 /// Opens a session, with as many attempts as there is time for, while they may help. `retry` is
 /// for a relay that is not there, `queue` for one that is full.
 fn connect(target: &Target, retry: Duration, queue: Duration) -> Result<Session, String> {
+    let nix = getppid();
     let mut pause = FIRST_PAUSE;
     let mut not_there_until = None;
     let mut full_until = None;
@@ -344,6 +345,10 @@ fn connect(target: &Target, retry: Duration, queue: Duration) -> Result<Session,
             pause = FIRST_PAUSE;
         }
         thread::sleep(at_least.saturating_add(jittered(pause)).min(left));
+        // Without Nix there is nobody to wait for.
+        if getppid() != nix {
+            return Err(failure.text);
+        }
         pause = LONGEST_PAUSE.min(pause * 2);
     }
 }

@@ -731,6 +731,29 @@ fn a_relay_that_is_restarted() {
     assert_eq!(session.echo("x"), "x");
 }
 
+/// As Nix is that was killed while its client waits for a session.
+#[test]
+fn whose_parent_is_gone_waits_no_longer() {
+    let issuer = Issuer::start();
+    let setup = Setup::new(&issuer).set("MAX_CONNECTIONS", "1");
+    let relay = setup.set("QUEUE_TIMEOUT_SECS", "0").start();
+    let _only = relay.connect(&issuer.token());
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg("\"$0\" --stdio & wait").arg(native());
+    shell.env("NIX_RELAY_URL", format!("ws://{}", relay.address));
+    shell
+        .env("NIX_RELAY_TOKEN", issuer.token())
+        .stdin(Stdio::piped());
+    let mut session = Session::start(&mut shell);
+    session.log.wait("all sessions are in use");
+    let client = descendants(session.child.id())[0];
+    session.child.kill().unwrap();
+    session.wait();
+    eventually("the client is gone", LIMIT, || {
+        !fs::exists(format!("/proc/{client}")).unwrap()
+    });
+}
+
 /// A proxy for TLS that is known by a variable, and wants a password.
 #[test]
 fn through_a_proxy_of_the_environment() {
