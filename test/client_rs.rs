@@ -1681,7 +1681,7 @@ fn commands_of_the_page() {
         ),
         (
             "jq",
-            "[ \"$*\" = '-r .oidcToken' ] && cat >/dev/null".into(),
+            "[ \"$*\" = '-er .oidcToken' ] && cat >/dev/null".into(),
         ),
     ] {
         dir.script(
