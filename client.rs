@@ -289,8 +289,8 @@ fn tls_words(e: &rustls::Error) -> String {
         }
         rustls::Error::InvalidCertificate(e) => format!("{untrusted}: {e}"),
         rustls::Error::AlertReceived(alert) => format!(
-            "the server refused TLS with the alert {alert:?}; does it want a client \
-             certificate? There is none"
+            "the server refused TLS with the alert {alert:?}; does it serve that \
+             name, and does it want a client certificate?"
         ),
         e => format!("TLS failed: {e}; does that port speak TLS?"),
     }
