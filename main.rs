@@ -729,10 +729,10 @@ mod policy {
                 nearest = wrong.len();
                 why = match claim(claims, name) {
                     Value::Null => format!("{name} is missing"),
-                    value => {
-                        let value = text(value).unwrap_or(value.to_string());
-                        format!("{name} is {}", quoted(&value))
-                    }
+                    value => format!(
+                        "{name} is {}",
+                        quoted(&text(value).unwrap_or(value.to_string()))
+                    ),
                 };
             }
         }
@@ -2302,11 +2302,7 @@ mod copy {
         /// What an error from tungstenite's `read` means. Nothing to read is no error.
         fn failed_read(&self, error: Error) -> Result<(), End> {
             Err(match error {
-                Error::Io(e)
-                    if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
-                {
-                    return Ok(());
-                }
+                Error::Io(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
                 Error::Io(e) => End::new(Reason::Gone, None, e.to_string()),
                 Error::Capacity(CapacityError::MessageTooLong { .. }) => TOO_LONG,
                 Error::Utf8(_) => NOT_UTF8,
@@ -2396,9 +2392,7 @@ mod copy {
             let mut sending = lock(&self.sending);
             let sent = match step(&mut sending) {
                 Ok(()) => Sent::All,
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                    Sent::Partly
-                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => Sent::Partly,
                 Err(_) => Sent::Broken,
             };
 
@@ -3177,11 +3171,12 @@ mod config {
             if rules.is_empty() {
                 return Err(NOBODY.into());
             }
-            let is_unused = |url: &&String| !rules.iter().any(|rule| rule.issuer == **url);
-            if let Some(url) = self.jwks_files.keys().find(is_unused) {
-                return Err(format!(
-                    "auth.jwks_files: no rule is for the issuer {url:?}"
-                ));
+            for url in self.jwks_files.keys() {
+                if rules.iter().all(|rule| rule.issuer != *url) {
+                    return Err(format!(
+                        "auth.jwks_files: no rule is for the issuer {url:?}"
+                    ));
+                }
             }
             Ok(rules)
         }
