@@ -1755,7 +1755,6 @@ mod copy {
     /// How many bytes zstd wants next: after a block the header of another (RFC 8878, section
     /// 3.1.1.2), and after a frame none.
     const AFTER_BLOCK: [usize; 2] = [3, 0];
-    const ERR_OR_HUP: PollFlags = PollFlags::ERR.union(PollFlags::HUP);
 
     /// Why a session ended. `metrics::SESSIONS` has the names, in this order.
     #[derive(Clone, Copy, PartialEq)]
@@ -1896,7 +1895,10 @@ mod copy {
         }
 
         fn flush(&mut self) -> io::Result<()> {
-            self.stream.flush()
+            if self.writes {
+                self.stream.flush()?;
+            }
+            Ok(())
         }
     }
 
@@ -2287,12 +2289,13 @@ mod copy {
         /// Waits until the pipe has room. Fails if the connection breaks meanwhile.
         fn await_sink(&self, sink: BorrowedFd) -> Result<(), End> {
             let sink = PollFd::from_borrowed_fd(sink, PollFlags::OUT);
-            self.wait(sink, Some(Instant::now() + CHECK));
+            let room = self.wait(sink, Some(Instant::now() + CHECK));
             // We did not read, so the peer's silence does not count.
             if !self.is_full.load(Relaxed) {
                 self.note_alive();
             }
-            if self.is_broken() {
+            // What came before it broke is delivered while there is room.
+            if room.is_empty() && self.is_broken() {
                 Err(BROKEN)
             } else {
                 Ok(())
@@ -2320,8 +2323,8 @@ mod copy {
 
         fn is_broken(&self) -> bool {
             let socket = PollFd::new(&self.socket, PollFlags::empty());
-            let [socket] = poll::ready([socket], Some(Instant::now()));
-            socket.intersects(ERR_OR_HUP)
+            // Without an event that we ask for, only errors and hangups are reported.
+            poll::ready([socket], Some(Instant::now())) != [PollFlags::empty()]
         }
 
         /// Pipe → WebSocket.
