@@ -916,9 +916,8 @@ mod oidc {
     #[derive(Deserialize)]
     struct Members(#[serde(with = "tuple_vec_map")] Vec<(String, Value)>);
 
-    /// The JSON object in one part of a token. One that has a name twice, at its top
-    /// level, is refused: other programs may read the first where we read the last (RFC 7519,
-    /// section 4).
+    /// The JSON object in one part of a token. One that has a name twice at its top level is
+    /// refused: other programs may read the first where we read the last (RFC 7519, section 4).
     fn object(part: &str) -> Option<Value> {
         let json = Base64UrlSafeNoPadding::decode_to_vec(part, None).ok()?;
         let Members(members) = serde_json::from_slice(&json).ok()?;
@@ -2187,8 +2186,8 @@ mod copy {
                 if wait {
                     self.await_message(&mut owes_pong);
                 }
-                // A client that sends, but accepts nothing, is not there. A relay is, but its child may
-                // read nothing for long.
+                // A client that sends, but accepts nothing, is not there. A relay is: its child
+                // may read nothing for long.
                 if self.role == Role::Client || !self.is_full.load(Relaxed) {
                     self.note_alive();
                 }
@@ -2327,7 +2326,8 @@ mod copy {
             poll::ready([socket], Some(Instant::now())) != [PollFlags::empty()]
         }
 
-        /// Pipe → WebSocket.
+        /// Pipe → WebSocket. If the connection breaks, what came before may say why, and `inward`
+        /// has a moment to read it.
         fn outward(&self, source: BorrowedFd, source_ended: PollFd) {
             let _guard = OverOnPanic(self);
             let mut ended = false;
@@ -2354,7 +2354,6 @@ mod copy {
                 }
                 match (sent, read) {
                     (Sent::Broken, _) => {
-                        // What came before that may say why. The other half reads it.
                         poll::ready([self.over.poll_fd()], Some(Instant::now() + CLOSE_TIMEOUT));
                         if !self.over.is_set() {
                             self.finish(BROKEN);

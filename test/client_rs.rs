@@ -331,7 +331,7 @@ fn each_wait_has_a_limit() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let halting = TcpListener::bind("127.0.0.1:0").unwrap();
     let halting_address = halting.local_addr().unwrap();
-    // The begin of a record of TLS.
+    // The beginning of a record of TLS.
     let begin = |mut stream: TcpStream| stream.write_all(b"\x16\x03\x03\x00\x7a").map(|()| stream);
     thread::spawn(move || halting.incoming().flatten().map(begin).collect::<Vec<_>>());
     let (_tls, tls_address) = serve_tls(&dir, "good", &[]);
