@@ -59,7 +59,7 @@ mod target {
         let url = &*ISSUER;
         let (document, set) = text.split_once("\n\n").unwrap_or((text, ""));
         let document = document.replace("ISSUER", url);
-        let parsed: Value = serde_json::from_str(&document).unwrap_or_default();
+        let parsed: Value = web::parse_json(document.as_bytes()).unwrap_or_default();
         let uri = parsed["jwks_uri"].as_str().unwrap_or_default();
         if web::is_https_or_loopback(uri) && uri != format!("{url}/jwks") {
             // It would go and ask there.
@@ -68,7 +68,7 @@ mod target {
         *PUBLISHED.lock().unwrap() = (document.into(), set.into());
         if let Ok(keys) = oidc::fetch_jwks(url) {
             assert!(parsed["issuer"] == *url && !uri.is_empty());
-            let set: Value = serde_json::from_str(set).unwrap();
+            let set: Value = web::parse_json(set.as_bytes()).unwrap();
             let useful = set["keys"]
                 .as_array()
                 .unwrap()
